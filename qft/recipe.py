@@ -1,0 +1,139 @@
+"""Every key a recipe may hold: its type, its default, its unit and one line of help. The only copy of a default.
+
+Keys are documented by `qft schema`; YAML is read by `qft.recipe_loader`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataKeys(_Section):
+    """Rows: where they lie, how they become examples, which are held out."""
+
+    train: str | list[str] = Field(description="file, folder, hub id or pypi:… source of rows; a list is read in order")
+    eval: Fraction | Count | str = Field(
+        0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source")
+    validation: Fraction | Count = Field(
+        0.05, description="rows split off train by hash for choices: best checkpoint, way of merging")
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels"] = Field(
+        "auto", description="how a row becomes an example; auto looks at the columns")
+    columns: list[str] | None = Field(None, description="names of the columns of a delimited file without a header line")
+    text_column: str = Field("text", description="column that holds the text (formats text and labels)")
+    label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
+    bins: dict[str, str] | None = Field(
+        None, description="turns a rating into labels, as {negative: '<= -1', positive: '>= 1'}; rows in no bin are dropped")
+    prompt: str | None = Field(
+        None, description="user's message built from a row, with {column} in braces (formats labels and prompt-completion)")
+    system: str | None = Field(None, description="system message put before every example; none: what the chat template does")
+    max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
+    seed: int = Field(0, description="seed of the split and of the order of rows")
+
+
+class QuantizationKeys(_Section):
+    """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314)."""
+
+    base: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit type of the frozen weights; none keeps 16 bits")
+    double_quant: bool = Field(True, description="quantize the block scales as well (saves 0.4 bits a weight)")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="type of the matrix products in training")
+
+
+class LoraKeys(_Section):
+    """The adapter (arXiv 2106.09685), trained and saved by PEFT."""
+
+    r: Count = Field(16, description="rank of the adapter")
+    alpha: Positive = Field(32, description="scale of the adapter is alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the adapter's input while training")
+    target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, or all-linear")
+
+
+class TrainingKeys(_Section):
+    """The training loop."""
+
+    epochs: Positive = Field(1, description="passes over the training rows")
+    learning_rate: Positive = Field(2e-4, description="peak of the cosine schedule")
+    warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")
+    batch_size: Count = Field(16, description="rows of one forward pass")
+    gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
+    max_length: Count = Field(512, description="tokens; longer rows are cut, and counted")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third more time")
+    evaluations: Annotated[int, Field(ge=0)] = Field(4, description="how often in a run the validation rows are measured")
+    checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
+    seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
+
+
+class EvaluationKeys(_Section):
+    """How quality is measured, after every stage on the same rows."""
+
+    metric: Literal["auto", "accuracy", "perplexity"] = Field(
+        "auto", description="headline metric: accuracy where rows have labels, otherwise perplexity")
+    batch_size: Count = Field(16, description="rows of one forward pass while measuring")
+    extra_tokens: Annotated[int, Field(ge=1)] = Field(
+        8, description="tokens a generated answer may be longer than the longest expected one")
+
+
+class BudgetKeys(_Section):
+    """How much worse than the tuned model the shipped one may be before `verify` fails."""
+
+    max_worse: Positive | str = Field(
+        "3 points", description="'3 points' of a metric in percent, or '5%' of its value, in the metric's bad direction")
+
+
+class ExportKeys(_Section):
+    """What is shipped."""
+
+    targets: list[str] = Field(["cpu-int4"], min_length=1, description="deployment profiles, see export/targets/")
+    budget: BudgetKeys = Field(BudgetKeys(), description="the quality a target may lose")  # type: ignore[call-arg]
+
+
+class VerifyKeys(_Section):
+    """Parity: float ONNX against torch, quantized ONNX against float ONNX, on held-out rows."""
+
+    rows: Count = Field(32, description="held-out rows compared, every position of each")
+    float_top1: Share = Field(0.99, description="least share of positions where torch and float ONNX choose the same token")
+    float_max_logit_difference: Positive = Field(
+        0.05, description="largest difference of any logit between torch float32 and float ONNX")
+    quantized_top1: Share = Field(0.75, description="least share of positions where float and quantized ONNX agree")
+    quantized_kl: Positive = Field(0.5, description="largest mean KL divergence of quantized from float ONNX, nats a token")
+
+
+class BenchKeys(_Section):
+    """How speed is measured."""
+
+    prompt_tokens: Count = Field(256, description="tokens of the prompt")
+    new_tokens: Count = Field(64, description="tokens generated after it")
+    trials: Annotated[int, Field(ge=2)] = Field(5, description="counted trials after one warm-up")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of onnxruntime; 0: the number of physical cores")
+    provider: Literal["cpu", "cuda", "directml", "coreml", "openvino"] = Field(
+        "cpu", description="onnxruntime execution provider")
+
+
+class Recipe(_Section):
+    """One job: a model, its rows, how it is tuned, what is shipped."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="name of the run folder; by default the recipe's file name")
+    model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION/path/inside")
+    task: str = Field("text-generation", description="transformers' task name")
+    data: DataKeys = Field(description="rows and how they become examples")
+    quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]
+    lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
+    training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
+    evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
+    export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
+    verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]
+    bench: BenchKeys = Field(BenchKeys(), description="how speed is measured")  # type: ignore[call-arg]
