@@ -1,0 +1,175 @@
+"""The quantization pass: packed codes into the graph.
+
+Needs: a float ONNX graph with constant weights in MatMul, Gather(embedding, ids) and, for a tied head,
+MatMul(x, Transpose(embedding)) as optimum writes it.
+Then holds: every constant two-dimensional MatMul is a MatMulNBits; embedding and tied head read one array in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qft.errors import StageError
+from qft.progress import OnProgress, Progress, silent
+from qft.quant.grids import Quantized, pack, quantize_nearest
+
+_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """What a deployment profile asks of the graph."""
+
+    bits: int
+    head_bits: int
+    block: int
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One line of the bundle's list of quantized weights. mean_squared_error is of the weights."""
+
+    name: str
+    rows: int
+    cols: int
+    bits: int
+    block: int
+    bytes: int
+    mean_squared_error: float
+
+
+def quantize_graph(source: Path, target: Path, plan: GridPlan, on_progress: OnProgress = silent) -> list[QuantizedTensor]:
+    """Write `target` (and `target`'s name + `_data`) from the float graph `source`; returns what was quantized.
+
+    Raises StageError if the graph holds no weight to quantize.
+    """
+    model = ir.load(source)
+    graph = model.graph
+    embedding = _embedding(graph)
+    weights = [node for node in graph if node.op_type == "MatMul" and _constant(node.inputs[1]) is not None]
+    head = _tied_head(graph, embedding)
+    done: list[QuantizedTensor] = []
+    if embedding is not None:
+        done += _quantize_embedding(graph, embedding, head, plan)
+    for number, node in enumerate(weights):
+        on_progress(Progress("quantize", number, len(weights), "matrices"))
+        values = _constant(node.inputs[1])
+        assert values is not None
+        if values.ndim == 2:
+            # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
+            bits = plan.head_bits if _is_head(graph, node) else plan.bits
+            done.append(_quantize_matmul(graph, node, values.T, bits, plan))
+    if not done:
+        raise StageError(f"{source.name} holds no constant MatMul to quantize")
+    _drop_unused(graph)
+    model.opset_imports[_DOMAIN] = 1
+    ir.save(model, target, external_data=f"{target.name}_data")
+    return done
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _embedding(graph: ir.Graph) -> ir.Node | None:
+    """The Gather that reads rows of a large constant matrix: the token embedding."""
+    gathers = [n for n in graph if n.op_type == "Gather" and n.inputs[0] is not None and n.inputs[0].const_value is not None
+               and len(n.inputs[0].const_value.shape) == 2]
+    return max(gathers, key=lambda n: n.inputs[0].const_value.size, default=None)
+
+
+def _tied_head(graph: ir.Graph, embedding: ir.Node | None) -> ir.Node | None:
+    """The MatMul that multiplies with the transposed embedding, however the exporter wrote it."""
+    if embedding is None:
+        return None
+    table = embedding.inputs[0]
+    for node in graph:
+        if node.op_type != "MatMul":
+            continue
+        maker = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table:
+            return node
+    return None
+
+
+def _is_head(graph: ir.Graph, node: ir.Node) -> bool:
+    return node.outputs[0] in graph.outputs
+
+
+def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GridPlan) -> list[QuantizedTensor]:
+    table = gather.inputs[0]
+    assert table is not None and table.name is not None
+    weight = torch.from_numpy(np.ascontiguousarray(table.const_value.numpy(), dtype=np.float32))  # type: ignore[union-attr]
+    matrix = quantize_nearest(weight, bits=plan.head_bits, block=plan.block)
+    name = table.name
+    codes = _initializer(graph, f"{name}_q", pack(matrix.codes, matrix.bits))
+    scales = _initializer(graph, f"{name}_scales", matrix.scales)
+    zeros = _initializer(graph, f"{name}_zero_points", pack(matrix.zero_points, matrix.bits))
+    # GatherBlockQuantized wants the codes as a matrix, MatMulNBits as (rows, blocks, bytes): one array in the file, and
+    # a Reshape (folded when the session is made) for the reader that wants the other shape.
+    shape = _initializer(graph, f"{name}_q_shape", torch.tensor([matrix.codes.shape[0], -1]))
+    flat = ir.node("Reshape", [codes, shape])
+    read = ir.node("GatherBlockQuantized", [flat.outputs[0], gather.inputs[1], scales, zeros], domain=_DOMAIN,
+                   attributes={"bits": matrix.bits, "block_size": plan.block, "gather_axis": 0, "quantize_axis": 1})
+    _replace(graph, gather, [flat, read])
+    if head is not None:
+        product = _matmulnbits(head.inputs[0], codes, scales, zeros, matrix, plan)
+        _replace(graph, head, [product])
+    return [_record(name, weight, matrix)]
+
+
+def _quantize_matmul(graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: int, plan: GridPlan) -> QuantizedTensor:
+    values = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
+    matrix = quantize_nearest(values, bits=bits, block=plan.block)
+    name = node.name or node.outputs[0].name or "matmul"
+    product = _matmulnbits(
+        node.inputs[0],
+        _initializer(graph, f"{name}_q", pack(matrix.codes, bits)),
+        _initializer(graph, f"{name}_scales", matrix.scales),
+        _initializer(graph, f"{name}_zero_points", pack(matrix.zero_points, bits)),
+        matrix, plan)
+    _replace(graph, node, [product])
+    return _record(name, values, matrix)
+
+
+def _matmulnbits(x: ir.Value | None, codes: ir.Value, scales: ir.Value, zeros: ir.Value, matrix: Quantized,
+                 plan: GridPlan) -> ir.Node:
+    return ir.node("MatMulNBits", [x, codes, scales, zeros], domain=_DOMAIN,
+                   attributes={"bits": matrix.bits, "block_size": plan.block, "K": matrix.cols, "N": matrix.codes.shape[0],
+                               "accuracy_level": plan.accuracy_level})
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(tensor.numpy(), name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    graph.insert_before(old, new)
+    was, now = old.outputs[0], new[-1].outputs[0]
+    name, shape, kind = was.name, was.shape, was.type
+    ir.convenience.replace_all_uses_with(was, now, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    now.name, now.shape, now.type = name, shape, kind
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if all(not out.uses() and out not in graph.outputs for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [n for n, value in graph.initializers.items() if not value.uses() and value not in graph.outputs]:
+        del graph.initializers[name]
+
+
+def _record(name: str, weight: torch.Tensor, matrix: Quantized) -> QuantizedTensor:
+    from qft.quant.grids import dequantize, stored_bytes
+
+    error = (dequantize(matrix) - weight).square().mean().item()
+    return QuantizedTensor(name, matrix.codes.shape[0], matrix.cols, matrix.bits, matrix.block, stored_bytes(matrix), error)
