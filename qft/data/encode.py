@@ -1,0 +1,158 @@
+"""Examples → token ids with the tokens that are in the loss marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from qft.data.examples import Example
+from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
+from qft.progress import OnProgress, Progress, silent
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """input_ids and in_loss have one length; in_loss is True where the token is a target of the loss."""
+
+    input_ids: tuple[int, ...]
+    in_loss: tuple[bool, ...]
+    answer_start: int  # index of the first token of the last answer: what comes before is the prompt
+    label: str | None
+    where: str
+
+    @property
+    def first_target(self) -> int:
+        """Index of the first token in the loss."""
+        return self.in_loss.index(True)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids to generate the last answer from: exactly what a runtime feeds."""
+        return self.input_ids[: self.answer_start]
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """The last answer's ids with its end-of-turn token, as generated (nothing after it)."""
+        last = len(self.in_loss) - self.in_loss[::-1].index(True)
+        return self.input_ids[self.answer_start : last]
+
+    def as_dict(self) -> dict:
+        """For a JSON line: flags as 0 and 1."""
+        return {**asdict(self), "in_loss": [int(flag) for flag in self.in_loss]}
+
+    @staticmethod
+    def from_dict(line: dict) -> Encoded:
+        """Undo `as_dict`."""
+        return Encoded(tuple(line["input_ids"]), tuple(map(bool, line["in_loss"])), line["answer_start"], line["label"],
+                       line["where"])
+
+
+@dataclass(frozen=True)
+class EncodeCounts:
+    """What encoding met: rows cut by max_length, rows dropped as nothing of them was in the loss, tokens."""
+
+    cut: int
+    nothing_in_loss: int
+    unknown_tokens: int
+    tokens: int
+    target_tokens: int
+
+
+def encode_all(examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int,
+               on_progress: OnProgress = silent) -> tuple[list[Encoded], EncodeCounts]:
+    """Encode every example; rows that keep no target within `max_length` are dropped and counted.
+
+    Raises InputError if none is left.
+    """
+    kept: list[Encoded] = []
+    cut = dropped = unknown = 0
+    for number, example in enumerate(examples):
+        if number % 500 == 0:
+            on_progress(Progress("tokenize", number, len(examples), "rows"))
+        encoded = encode(example, tokenizer)
+        if len(encoded.input_ids) > max_length:
+            cut += 1
+            encoded = Encoded(encoded.input_ids[:max_length], encoded.in_loss[:max_length], encoded.answer_start,
+                              encoded.label, encoded.where)
+        if not any(encoded.in_loss):
+            dropped += 1
+            continue
+        unknown += encoded.input_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
+        kept.append(encoded)
+    if examples and not kept:
+        raise InputError("no row keeps a token in the loss", where="training.max_length",
+                         hint=f"all {len(examples)} rows are longer than {max_length} tokens before their answer; raise it")
+    tokens, targets = sum(len(e.input_ids) for e in kept), sum(sum(e.in_loss) for e in kept)
+    return kept, EncodeCounts(cut, dropped, unknown, tokens, targets)
+
+
+def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
+    """Tokenize one example.
+
+    Prompt and answer are tokenized on their own and joined, because a runtime tokenizes the prompt alone: the ids the
+    model is trained on are the ids it will see. In the loss: every assistant turn and its end-of-turn token.
+    """
+    if example.text is not None:
+        return _plain_text(example, tokenizer)
+    segments = _chat_segments(example, tokenizer) if tokenizer.has_chat_template else _plain_segments(example)
+    ids: list[int] = []
+    flags: list[bool] = []
+    answer_start = 0
+    for text, is_answer in segments:
+        part = tokenizer.encode(text, add_special_tokens=not ids and not tokenizer.has_chat_template and not is_answer)
+        if is_answer:
+            answer_start = len(ids)
+            part, targets = _answer_targets(part, text, tokenizer)
+        else:
+            targets = [False] * len(part)
+        ids += part
+        flags += targets
+    return Encoded(tuple(ids), tuple(flags), answer_start, example.label, example.where)
+
+
+def prompt_ids(example: Example, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Ids of everything before the last answer, with the generation prompt."""
+    return encode(example, tokenizer).prompt
+
+
+def _plain_text(example: Example, tokenizer: TextTokenizer) -> Encoded:
+    ids = tokenizer.encode(example.text or "", add_special_tokens=True)
+    if not ids or ids[-1] != tokenizer.eos_id:
+        ids.append(tokenizer.eos_id)
+    # The first token has nothing before it to be predicted from.
+    return Encoded(tuple(ids), (False, *[True] * (len(ids) - 1)), 1, None, example.where)
+
+
+def _chat_segments(example: Example, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
+    """(text, is an answer) pieces whose join is the rendered conversation up to the last answer."""
+    segments: list[tuple[str, bool]] = []
+    written = ""
+    for index, message in enumerate(example.messages):
+        if message.role != "assistant":
+            continue
+        before = tokenizer.render(example.messages[:index], add_generation_prompt=True)
+        after = tokenizer.render(example.messages[: index + 1], add_generation_prompt=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            raise InputError("the model's chat template rewrites earlier turns, so the loss cannot be put on the answers",
+                             where=example.where, hint="use data.format: prompt-completion with one answer a row")
+        segments += [(before[len(written) :], False), (after[len(before) :], True)]
+        written = after
+    return segments
+
+
+def _plain_segments(example: Example) -> list[tuple[str, bool]]:
+    return [(m.content, m.role == "assistant") for m in example.messages]
+
+
+def _answer_targets(part: list[int], text: str, tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
+    """The content and its end-of-turn token are targets; what a template writes after that (a line break) is not.
+
+    The end is the last special token of the segment. We never mask by pad id, so pad = eos cannot hide it.
+    """
+    specials = [i for i, token in enumerate(part) if token in tokenizer.special_ids]
+    if not specials:
+        part = [*part, tokenizer.eos_id]
+        return part, [True] * len(part)
+    end = specials[-1]
+    return part, [True] * (end + 1) + [False] * (len(part) - end - 1)

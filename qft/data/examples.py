@@ -1,0 +1,214 @@
+"""Rows → examples: conversations with answers, or plain text. One function a format."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qft.data.rows import Row
+from qft.data.tokenizer import Message
+from qft.errors import InputError
+
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+_PAIRS = (("prompt", "completion"), ("question", "answer"), ("input", "output"), ("prompt", "response"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """messages with at least one assistant turn, or `text` alone (plain text)."""
+
+    messages: tuple[Message, ...]
+    text: str | None
+    label: str | None
+    where: str
+
+    def key(self) -> str:
+        """What decides the split: the prompt (all but the last answer), case and white space folded."""
+        content = self.text if self.text is not None else "\n".join(m.content for m in self.messages[:-1])
+        return " ".join(content.casefold().split())
+
+    def answer(self) -> str:
+        """The last answer, or the text."""
+        return self.text if self.text is not None else self.messages[-1].content
+
+
+@dataclass(frozen=True)
+class Counts:
+    """rows read; dropped because empty or in no bin; kept by label."""
+
+    rows: int
+    empty: int
+    in_no_bin: int
+    labels: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows become examples: the data keys of a recipe that say so."""
+
+    format: str
+    text_column: str
+    label_column: str
+    bins: Mapping[str, str] | None
+    prompt: str | None
+    system: str | None
+
+
+class _NoBin(Exception):  # noqa: N818 - not an error: this row is left out
+    pass
+
+
+def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Counts]:
+    """Turn rows into examples. Raises InputError for missing columns, bad ratings, or labels of one class only."""
+    if not rows:
+        raise InputError("there are no rows", where="data.train")
+    name = _guess(rows[0], shape) if shape.format == "auto" else shape.format
+    make = _FORMATS[name]
+    bins = {label: _condition(label, text) for label, text in (shape.bins or {}).items()}
+    examples: list[Example] = []
+    empty = no_bin = 0
+    for row in rows:
+        try:
+            example = make(row, shape, bins)
+        except _NoBin:
+            no_bin += 1
+            continue
+        if not example.key() or not example.answer().strip():
+            empty += 1
+        else:
+            examples.append(_with_system(example, shape.system))
+    labels = Counter(e.label for e in examples if e.label is not None)
+    if name == "labels" and len(labels) < 2:
+        raise InputError(f"labels of one class only: {', '.join(labels) or 'none'}", where="data.label_column",
+                         hint=f"column {shape.label_column!r} needs at least two labels; check data.bins")
+    return examples, Counts(len(rows), empty, no_bin, dict(labels))
+
+
+def _guess(row: Row, shape: Shape) -> str:
+    columns = set(row.values)
+    if columns & {"messages", "conversations"}:
+        return "messages"
+    if {"instruction", "output"} <= columns:
+        return "alpaca"
+    if any({a, b} <= columns for a, b in _PAIRS):
+        return "prompt-completion"
+    if {shape.text_column, shape.label_column} <= columns:
+        return "labels"
+    if shape.text_column in columns:
+        return "text"
+    raise InputError(f"cannot tell what the columns mean: {', '.join(sorted(columns))}", where=row.where,
+                     hint="known are messages, prompt + completion, instruction + output, text + label, text; "
+                          "otherwise set data.format, data.text_column, data.label_column or data.columns")
+
+
+def _with_system(example: Example, system: str | None) -> Example:
+    if system is None or example.text is not None:
+        return example
+    rest = example.messages[1:] if example.messages[0].role == "system" else example.messages
+    return Example((Message("system", system), *rest), None, example.label, example.where)
+
+
+def _column(row: Row, name: str) -> Any:
+    if name in row.values:
+        return row.values[name]
+    near = difflib.get_close_matches(name, row.values, 1)
+    raise InputError(f"no column {name!r}; there are {', '.join(row.values)}", where=row.where,
+                     hint=f"did you mean {near[0]!r}?" if near else "name the columns with data.columns")
+
+
+def _text_of(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _messages(row: Row, shape: Shape, bins: Mapping) -> Example:
+    turns = row.values.get("messages") or row.values.get("conversations") or []
+    turns = json.loads(turns) if isinstance(turns, str) else turns
+    messages: list[Message] = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        if role is None:
+            raise InputError("a message needs role and content", where=row.where,
+                             hint='as {"role": "user", "content": "…"}')
+        messages.append(Message(_ROLES.get(role, role), _text_of(turn.get("content", turn.get("value")))))
+    while messages and messages[-1].role != "assistant":  # nothing to learn after the last answer
+        messages.pop()
+    if not messages:
+        raise InputError("no assistant turn", where=row.where, hint="a conversation needs at least one answer to learn")
+    return Example(tuple(messages), None, None, row.where)
+
+
+def _prompt_completion(row: Row, shape: Shape, bins: Mapping) -> Example:
+    pair = next(((a, b) for a, b in _PAIRS if a in row.values and b in row.values), _PAIRS[0])
+    prompt = fill(shape.prompt, row) if shape.prompt else _text_of(_column(row, pair[0]))
+    return Example((Message("user", prompt), Message("assistant", _text_of(_column(row, pair[1])))), None, None, row.where)
+
+
+def _alpaca(row: Row, shape: Shape, bins: Mapping) -> Example:
+    prompt = _text_of(_column(row, "instruction"))
+    if extra := _text_of(row.values.get("input")):
+        prompt = f"{prompt}\n\n{extra}"
+    return Example((Message("user", prompt), Message("assistant", _text_of(_column(row, "output")))), None, None, row.where)
+
+
+def _text(row: Row, shape: Shape, bins: Mapping) -> Example:
+    return Example((), _text_of(_column(row, shape.text_column)), None, row.where)
+
+
+def _labels(row: Row, shape: Shape, bins: Mapping[str, Callable[[float], bool]]) -> Example:
+    value = _column(row, shape.label_column)
+    label = _bin_of(value, bins, row) if bins else _text_of(value)
+    text = _text_of(_column(row, shape.text_column))
+    prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
+    return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where)
+
+
+_FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {
+    "messages": _messages, "prompt-completion": _prompt_completion, "alpaca": _alpaca, "text": _text, "labels": _labels}
+
+
+def fill(template: str, row: Row) -> str:
+    """Put a row's columns into {column} places; {{ and }} are braces. No attribute or index is ever followed."""
+
+    def place(match: re.Match[str]) -> str:
+        if match[0] in ("{{", "}}"):
+            return match[0][0]
+        return _text_of(_column(row, match[1]))
+
+    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", place, template)
+
+
+def _bin_of(value: Any, bins: Mapping[str, Callable[[float], bool]], row: Row) -> str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{value!r} is not a number, so data.bins cannot sort it", where=row.where) from None
+    found = [label for label, holds in bins.items() if holds(number)]
+    if len(found) > 1:
+        raise InputError(f"{number} is in several bins: {', '.join(found)}", where="data.bins", hint="bins must not overlap")
+    if not found:
+        raise _NoBin
+    return found[0]
+
+
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b,
+    "==": lambda a, b: a == b}
+
+
+def _condition(label: str, text: str) -> Callable[[float], bool]:
+    if match := re.fullmatch(rf"\s*(<=|>=|==|<|>){_NUMBER}", text):
+        compare, bound = _COMPARE[match[1]], float(match[2])
+        return lambda value: compare(value, bound)
+    if match := re.fullmatch(rf"{_NUMBER}\.\.{_NUMBER}", text):
+        low, high = float(match[1]), float(match[2])
+        return lambda value: low <= value <= high
+    raise InputError(f"cannot read the condition {text!r}", where=f"data.bins.{label}",
+                     hint="write '<= -1', '>= 1', '== 3' or '-0.5 .. 0.5'")

@@ -1,0 +1,59 @@
+"""What is in the rows: counts for the report, and which tokens are in the loss for `qft plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from qft.data.encode import Encoded
+from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Rows and tokens after preparing; `leaked` counts training rows dropped because their text is held out."""
+
+    rows_read: int
+    empty: int
+    in_no_bin: int
+    duplicates: int
+    conflicts: int
+    leaked: int
+    cut: int
+    nothing_in_loss: int
+    unknown_tokens: int
+    train_rows: int
+    validation_rows: int
+    eval_rows: int
+    train_tokens: int
+    train_target_tokens: int
+    length_median: int
+    length_95_percent: int
+    length_longest: int
+    labels: dict[str, int]
+
+
+def length_percentiles(encoded: Sequence[Encoded]) -> tuple[int, int, int]:
+    """Median, 95th percentile and longest length in tokens."""
+    lengths = sorted(len(e.input_ids) for e in encoded)
+    return lengths[len(lengths) // 2], lengths[int(len(lengths) * 0.95)], lengths[-1]
+
+
+def marked(encoded: Encoded, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
+    """Runs of text with whether their tokens are in the loss."""
+    pairs = zip(encoded.input_ids, encoded.in_loss, strict=True)
+    return [(tokenizer.decode([token for token, _ in run], skip_special_tokens=False), flag)
+            for flag, run in groupby(pairs, key=lambda pair: pair[1])]
+
+
+def check_loss_mask(encoded: Sequence[Encoded], *, answers_only: bool) -> None:
+    """Raises InputError if no token is in the loss, or all are though only answers should be."""
+    targets = sum(sum(e.in_loss) for e in encoded)
+    tokens = sum(len(e.in_loss) for e in encoded)
+    if targets == 0:
+        raise InputError("no token is in the loss: nothing would be learnt", where="data")
+    if answers_only and targets == tokens:
+        raise InputError("every token is in the loss, prompts too", where="data.format",
+                         hint="the rows have empty prompts; plain text is data.format: text")

@@ -1,0 +1,76 @@
+"""Held-out rows by a hash of their text, so that equal texts never lie on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from qft.data.examples import Example
+from qft.errors import InputError
+
+
+def drop_duplicates(examples: Sequence[Example]) -> tuple[list[Example], int, int]:
+    """Keep the first of rows with equal prompt and answer. Returns (kept, duplicates dropped, contradictions kept).
+
+    A contradiction is a prompt that was seen before with another answer.
+    """
+    seen: dict[str, set[str]] = {}
+    kept: list[Example] = []
+    conflicts = 0
+    for example in examples:
+        answers = seen.setdefault(example.key(), set())
+        if example.answer() in answers:
+            continue
+        conflicts += bool(answers)
+        answers.add(example.answer())
+        kept.append(example)
+    return kept, len(examples) - len(kept), conflicts
+
+
+def split_by_hash(examples: Sequence[Example], parts: Mapping[str, float | int], *, seed: int) -> dict[str, list[Example]]:
+    """Cut off `parts` (a fraction below 1, or a number of rows); the rest is "train". Order within a part is kept.
+
+    A row's place is SHA-256(seed, text), so adding rows moves few others. Raises InputError if a part would be empty.
+    """
+    draws = {key: _draw(key, seed) for key in {e.key() for e in examples}}
+    order = sorted(draws, key=draws.__getitem__)
+    rows_of: dict[str, int] = {}
+    for example in examples:
+        rows_of[example.key()] = rows_of.get(example.key(), 0) + 1
+    owner: dict[str, str] = {}
+    position = 0
+    for part, size in parts.items():
+        wanted = round(size * len(examples)) if size < 1 else int(size)
+        taken = 0
+        while taken < wanted and position < len(order):
+            owner[order[position]] = part
+            taken += rows_of[order[position]]
+            position += 1
+    result: dict[str, list[Example]] = {part: [] for part in (*parts, "train")}
+    for example in examples:
+        result[owner.get(example.key(), "train")].append(example)
+    for part, rows in result.items():
+        if not rows:
+            raise InputError(f"the split leaves nothing for {part}: {len(examples)} rows in all, "
+                             + ", ".join(f"data.{p} = {s}" for p, s in parts.items()),
+                             where=f"data.{part}", hint="ask for fewer held-out rows, or give more rows")
+    return result
+
+
+def take_by_hash(examples: Sequence[Example], count: int, *, seed: int) -> list[Example]:
+    """At most `count` rows, chosen by hash, in their order."""
+    if len(examples) <= count:
+        return list(examples)
+    chosen = sorted(range(len(examples)), key=lambda i: (_draw(examples[i].key(), seed + 1), i))[:count]
+    return [examples[i] for i in sorted(chosen)]
+
+
+def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], int]:
+    """Training rows whose text is not held out, and how many were dropped for that."""
+    keys = {e.key() for e in held_out}
+    kept = [e for e in train if e.key() not in keys]
+    return kept, len(train) - len(kept)
+
+
+def _draw(key: str, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big") / 2**64

@@ -1,0 +1,151 @@
+"""A tokenizer read without transformers: the same ids in training and in the shipped bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from qft.errors import InputError
+
+# Tokens that end a turn in the chat templates in use; one that a template writes right after an answer stops generation.
+_START_MARKS = ("start", "begin", "bos")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class TextTokenizer:
+    """tokenizer.json, the special tokens and the chat template of a model folder."""
+
+    def __init__(self, tokenizer: Tokenizer, *, settings: dict[str, Any], template: str | None, eos_ids: Sequence[int]) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._template = template
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.unk_id = self._special("unk_token")
+        self.bos_id = self._special("bos_token")
+        starts = {i for i in self.special_ids if any(m in (tokenizer.id_to_token(i) or "") for m in _START_MARKS)}
+        turn_end = self._turn_end()
+        ends = dict.fromkeys([*eos_ids, *([] if turn_end is None else [turn_end])])
+        # A start-of-turn token never ends an answer, whatever a converted tokenizer_config claims.
+        self.stop_ids: tuple[int, ...] = tuple(i for i in ends if i not in starts)
+        if not self.stop_ids:
+            raise InputError("the tokenizer names no end-of-sequence token",
+                             hint="set eos_token_id in the model's generation_config.json")
+        self.eos_id = self.stop_ids[0]
+        self.pad_id = self.eos_id
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """Read a model folder or a bundle. Raises InputError if tokenizer.json is missing or broken."""
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"no tokenizer.json in {folder}",
+                             hint="save the model with a fast tokenizer (transformers' save_pretrained)") from None
+        except Exception as error:  # tokenizers raises bare Exception on a broken file
+            raise InputError(f"{path} is not a tokenizer: {error}") from None
+        settings = _json(folder / "tokenizer_config.json")
+        separate = folder / "chat_template.jinja"
+        template = separate.read_text(encoding="utf-8") if separate.exists() else settings.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        return cls(tokenizer, settings=settings, template=template, eos_ids=_eos_ids(folder, tokenizer, settings))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model folder says how a conversation is written."""
+        return self._template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; special tokens written in it are read as such."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary writes it."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The text of a conversation by the model's own template, sandboxed as transformers does it."""
+        if self._template is None:
+            raise InputError("the model has no chat template", hint="use data.format: prompt-completion or text")
+        from jinja2 import TemplateError
+
+        try:
+            return _environment().from_string(self._template).render(
+                messages=[{"role": m.role, "content": m.content} for m in messages],
+                add_generation_prompt=add_generation_prompt, bos_token=self._text("bos_token"),
+                eos_token=self.token(self.eos_id), tools=None)
+        except TemplateError as error:
+            raise InputError(f"the model's chat template refuses this conversation: {error}") from None
+
+    def _text(self, name: str) -> str:
+        value = self._settings.get(name)
+        return value["content"] if isinstance(value, dict) else value or ""
+
+    def _special(self, name: str) -> int | None:
+        text = self._text(name)
+        return self._tokenizer.token_to_id(text) if text else None
+
+    def _turn_end(self) -> int | None:
+        """The special token that the template writes right after an answer."""
+        if self._template is None:
+            return None
+        mark = "qftanswer"
+        self.eos_id = -1  # not known yet; templates that write it are told nothing here
+        try:
+            text = self.render([Message("user", "x"), Message("assistant", mark)], add_generation_prompt=False)
+        except InputError:
+            return None
+        after = self.encode(text.partition(mark)[2])
+        return after[0] if after and after[0] in self.special_ids else None
+
+
+def _eos_ids(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> list[int]:
+    """generation_config over config over tokenizer_config: converted tokenizers often name the wrong token."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(folder / name).get("eos_token_id")
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    text = settings.get("eos_token")
+    text = text["content"] if isinstance(text, dict) else text
+    found = tokenizer.token_to_id(text) if text else None
+    return [] if found is None else [found]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _environment() -> Any:
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
