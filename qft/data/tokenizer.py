@@ -39,6 +39,7 @@ class TextTokenizer:
         self.unk_id = self._special("unk_token")
         self.bos_id = self._special("bos_token")
         starts = {i for i in self.special_ids if any(m in (tokenizer.id_to_token(i) or "") for m in _START_MARKS)}
+        self._eos_text = self.token(eos_ids[0]) if eos_ids else ""
         turn_end = self._turn_end()
         ends = dict.fromkeys([*eos_ids, *([] if turn_end is None else [turn_end])])
         # A start-of-turn token never ends an answer, whatever a converted tokenizer_config claims.
@@ -94,7 +95,7 @@ class TextTokenizer:
             return _environment().from_string(self._template).render(
                 messages=[{"role": m.role, "content": m.content} for m in messages],
                 add_generation_prompt=add_generation_prompt, bos_token=self._text("bos_token"),
-                eos_token=self.token(self.eos_id), tools=None)
+                eos_token=self._eos_text, tools=None)
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from None
 
@@ -111,7 +112,6 @@ class TextTokenizer:
         if self._template is None:
             return None
         mark = "qftanswer"
-        self.eos_id = -1  # not known yet; templates that write it are told nothing here
         try:
             text = self.render([Message("user", "x"), Message("assistant", mark)], add_generation_prompt=False)
         except InputError:

@@ -16,7 +16,7 @@ import torch
 
 from qft.errors import StageError
 from qft.progress import OnProgress, Progress, silent
-from qft.quant.grids import Quantized, pack, quantize_nearest
+from qft.quant.grids import Quantized, dequantize, pack, quantize_nearest, stored_bytes
 
 _DOMAIN = "com.microsoft"
 
@@ -105,7 +105,7 @@ def _is_head(graph: ir.Graph, node: ir.Node) -> bool:
 def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GridPlan) -> list[QuantizedTensor]:
     table = gather.inputs[0]
     assert table is not None and table.name is not None
-    weight = torch.from_numpy(np.ascontiguousarray(table.const_value.numpy(), dtype=np.float32))  # type: ignore[union-attr]
+    weight = _tensor(table.const_value.numpy())  # type: ignore[union-attr]
     matrix = quantize_nearest(weight, bits=plan.head_bits, block=plan.block)
     name = table.name
     codes = _initializer(graph, f"{name}_q", pack(matrix.codes, matrix.bits))
@@ -125,7 +125,7 @@ def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, 
 
 
 def _quantize_matmul(graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: int, plan: GridPlan) -> QuantizedTensor:
-    values = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
+    values = _tensor(weight)
     matrix = quantize_nearest(values, bits=bits, block=plan.block)
     name = node.name or node.outputs[0].name or "matmul"
     product = _matmulnbits(
@@ -143,6 +143,10 @@ def _matmulnbits(x: ir.Value | None, codes: ir.Value, scales: ir.Value, zeros: i
     return ir.node("MatMulNBits", [x, codes, scales, zeros], domain=_DOMAIN,
                    attributes={"bits": matrix.bits, "block_size": plan.block, "K": matrix.cols, "N": matrix.codes.shape[0],
                                "accuracy_level": plan.accuracy_level})
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))  # a copy: the file's memory is read-only
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
@@ -169,7 +173,5 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 
 def _record(name: str, weight: torch.Tensor, matrix: Quantized) -> QuantizedTensor:
-    from qft.quant.grids import dequantize, stored_bytes
-
     error = (dequantize(matrix) - weight).square().mean().item()
     return QuantizedTensor(name, matrix.codes.shape[0], matrix.cols, matrix.bits, matrix.block, stored_bytes(matrix), error)

@@ -39,17 +39,17 @@ def to_blocks(weight: Tensor, block: int) -> Tensor:
     return padded.reshape(rows, -1, block)
 
 
-def quantize_nearest(weight: Tensor, *, bits: int, block: int, search: bool = True) -> Quantized:
+def quantize_nearest(weight: Tensor, *, bits: int, block: int) -> Quantized:
     """Round a matrix to the nearest point of its grid.
 
-    weight: float (rows, cols). With search=True each block tries several shrunken ranges and keeps the one with the
-    least squared error (the clip search of AWQ, arXiv 2306.00978, on weights alone); otherwise the range is min … max,
-    always including zero, so that zero stays exactly zero.
+    weight: float (rows, cols). A block's range is its minimum to its maximum, always including zero, so that zero stays
+    exactly zero; at 4 bits each block also tries shrunken ranges and keeps the one with the least squared error (the clip
+    search of AWQ, arXiv 2306.00978, on weights alone).
     """
     blocks = to_blocks(weight, block)
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for shrink in _SHRINK if search else _SHRINK[:1]:
+    for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:  # at 8 bits clipping never paid
         scales, zeros = _scale_and_zero(low * shrink, high * shrink, bits)
         codes = (torch.round(blocks / scales[..., None]) + zeros[..., None]).clamp_(0, 2**bits - 1)
         error = ((codes - zeros[..., None]) * scales[..., None] - blocks).square_().sum(-1)

@@ -1,0 +1,118 @@
+"""The base model as a plain Hugging Face folder, whatever it came as, and loaded for training or merging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qft.errors import InputError
+from qft.files import exclusive, folder_aside, write_json
+from qft.libraries import quiet_transformers
+from qft.progress import OnProgress, Progress, silent
+from qft.sources import Source
+
+
+def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = silent) -> Path:
+    """A folder with config.json, safetensors and tokenizer.json. A .gguf is converted once, to bfloat16, and cached.
+
+    Raises InputError if it is no model, or no causal language model.
+    """
+    if source.path.is_dir():
+        return _checked(source.path)
+    if source.path.suffix.lower() != ".gguf":
+        raise InputError(f"{source.path} is not a model", hint="a model is a folder with config.json, a .gguf file or a hub id")
+    target = cache / "converted" / source.sha256[:16]
+    with exclusive(target.with_suffix(".lock"), wait=True):
+        if not (target / "config.json").exists():
+            on_progress(Progress(f"convert {source.path.name}", 0, None))
+            _convert_gguf(source.path, target)
+    return _checked(target)
+
+
+def _checked(folder: Path) -> Path:
+    path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"{folder} holds no config.json, so it is not a model", hint="name the folder that holds config.json")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise InputError(f"{folder.name} is a {architectures[0]}, not a causal language model", where="model",
+                         hint="task text-generation needs a …ForCausalLM model")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} holds no .safetensors weights", hint="pickled weights are not read; convert them first")
+    return folder
+
+
+def _convert_gguf(path: Path, target: Path) -> None:
+    quiet_transformers()
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        fields = GGUFReader(path).fields
+    except (ValueError, IndexError, KeyError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not a whole .gguf file: {error}", hint="it may be cut short; fetch it again") from None
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as error:
+        raise InputError(f"transformers cannot read {path.name}: {error}", hint="give the model as a Hugging Face folder") from None
+    with folder_aside(target) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # transformers copies the .gguf in as `tokenizer.model`, and takes the wrong token for the end of a turn.
+        (folder / "tokenizer.model").unlink(missing_ok=True)
+        if (end := fields.get("tokenizer.ggml.eos_token_id")) is not None:
+            _set_end(folder, int(end.contents()))
+
+
+def _set_end(folder: Path, eos_id: int) -> None:
+    for name in ("config.json", "generation_config.json"):
+        if (path := folder / name).exists():
+            write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token_id": eos_id, "pad_token_id": eos_id})
+    text = next((t["content"] for t in json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+                 if t["id"] == eos_id), None)
+    path = folder / "tokenizer_config.json"
+    if text is not None:
+        write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token": text, "pad_token": text})
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+def load(folder: Path, *, base: str, double_quant: bool, compute_dtype: str, device: str = "cpu") -> Any:
+    """A causal LM for training or measuring. base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype)."""
+    quiet_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, compute_dtype)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    already = "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
+    if base != "none" and not already:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    keep_quantized_weights_unpacked(model)
+    _make_head_input_contiguous(model)
+    return model.to(device) if base == "none" else model
+
+
+def keep_quantized_weights_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking NF4 weights in place at the first no-grad eval() forward.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 does so; from then on the input gradient of the layer is None and
+    `dequantize_4bit` returns noise (bitsandbytes#2078 is related).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _make_head_input_contiguous(model: Any) -> None:
+    """A slice of the hidden states makes torch.matmul copy the whole head once a row; a contiguous one does not."""
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))

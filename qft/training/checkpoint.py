@@ -1,0 +1,69 @@
+"""The state a run can go on from, in safetensors: adapter, optimizer, random numbers, where it stood."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qft.files import write_bytes
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stood: optimizer steps done, tokens seen, seconds trained, best validation so far."""
+
+    step: int
+    tokens: int
+    seconds: float
+    best_loss: float
+    best_step: int
+
+
+def save_checkpoint(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, position: Position, plan: str) -> None:
+    """Write the whole state; `plan` is a hash of what must be equal for the run to go on."""
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in parameters.items():
+        tensors[f"parameter.{name}"] = parameter.detach().cpu()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+    write_bytes(path, save(tensors, {"position": json.dumps(asdict(position)), "plan": plan}))
+
+
+def load_checkpoint(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, plan: str) -> Position | None:
+    """Put a saved state back; None if there is none, or if it is of another plan or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+            if meta.get("plan") != plan:
+                return None
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError:
+        return None
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"parameter.{name}"])
+        state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
+        if state:
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+    torch.set_rng_state(tensors["rng"])
+    return Position(**json.loads(meta["position"]))
+
+
+def save_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """The learnt values alone."""
+    write_bytes(path, save({name: p.detach().cpu() for name, p in parameters.items()}))
+
+
+def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Undo `save_parameters`."""
+    with safe_open(path, "pt") as file:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(file.get_tensor(name))
