@@ -1,0 +1,96 @@
+"""Golden cases: what the shipped function answers, so that any runtime can be held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+TOP = 5
+CLEAR_MARGIN = 0.5  # where the first choice leads by more than this, every runtime must make it
+FREE_MARGIN = 1.0  # cases whose smallest margin is at least this must give equal text when run freely
+LEAST_AGREEMENT = 0.98  # share of all positions with the same first choice: int8 kernels differ between machines
+
+
+class Runner(Protocol):
+    """What a runtime must do to be held against golden cases."""
+
+    def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """prompt and answer: token ids; top_ids, top_logits: (answer positions, 5), the teacher-forced best logits."""
+
+    prompt: list[int]
+    answer: list[int]
+    text: str
+    top_ids: list[list[int]]
+    top_logits: list[list[float]]
+    free_running: bool
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Positions compared, share with the same first choice, clear positions that differ, free-running texts that differ."""
+
+    positions: int
+    agreement: float
+    clear_differences: int
+    free_cases: int
+    free_differences: int
+
+    @property
+    def agrees(self) -> bool:
+        """DESIGN's definition of a runtime that agrees."""
+        return self.agreement >= LEAST_AGREEMENT and not self.clear_differences and not self.free_differences
+
+
+def make_cases(runner: Runner, prompts: Sequence[Sequence[int]], decode: Any, *, max_new_tokens: int,
+               stop_ids: Sequence[int]) -> list[GoldenCase]:
+    """Run each prompt alone, as an app would."""
+    cases = []
+    for prompt in prompts:
+        answer = runner.generate([prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids)[0]
+        logits = _answer_logits(runner, prompt, answer)
+        order = np.argsort(-logits, axis=-1)[:, :TOP]
+        best = np.take_along_axis(logits, order, -1)
+        margin = float((best[:, 0] - best[:, 1]).min())
+        cases.append(GoldenCase(list(prompt), answer, decode(answer), order.tolist(), np.round(best, 4).tolist(),
+                                margin >= FREE_MARGIN))
+    return cases
+
+
+def check_cases(runner: Runner, cases: Sequence[GoldenCase], *, stop_ids: Sequence[int]) -> Agreement:
+    """Hold a runtime against the cases."""
+    same = clear = positions = free = wrong = 0
+    for case in cases:
+        chosen = _answer_logits(runner, case.prompt, case.answer).argmax(-1)
+        for token, ids, logits in zip(chosen, case.top_ids, case.top_logits, strict=True):
+            positions += 1
+            same += int(token == ids[0])
+            clear += int(token != ids[0] and logits[0] - logits[1] > CLEAR_MARGIN)
+        if case.free_running:
+            free += 1
+            out = runner.generate([case.prompt], max_new_tokens=len(case.answer), stop_ids=stop_ids)[0]
+            wrong += int(list(out) != list(case.answer))
+    return Agreement(positions, same / max(1, positions), clear, free, wrong)
+
+
+def from_manifest(manifest: dict[str, Any]) -> list[GoldenCase]:
+    """The cases stored in qft.json."""
+    return [GoldenCase(**case) for case in manifest.get("golden", [])]
+
+
+def as_json(cases: Sequence[GoldenCase]) -> list[dict[str, Any]]:
+    """For qft.json."""
+    return [asdict(case) for case in cases]
+
+
+def _answer_logits(runner: Runner, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+    """float32 (answer positions, vocabulary): the logits that choose each answer token, the earlier ones given."""
+    return runner.logits([[*prompt, *answer[:-1]]], len(answer))[0]

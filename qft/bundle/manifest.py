@@ -1,0 +1,106 @@
+"""qft.json: what a bundle is, how good and how fast it was measured, and where it comes from. Opened without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qft.bundle.session import OnnxRunner
+from qft.data.tokenizer import Message, TextTokenizer
+from qft.errors import InputError, Problem
+from qft.files import inside, sha256_file, write_json
+
+NAME = "qft.json"
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a bundle but qft.json, by its name inside the bundle."""
+    return {p.relative_to(folder).as_posix(): sha256_file(p)
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != NAME and not p.name.startswith(".")}
+
+
+def update(folder: Path, **facts: Any) -> dict[str, Any]:
+    """Put facts into qft.json and take the files' hashes anew."""
+    path = folder / NAME
+    manifest = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    manifest |= facts
+    manifest["files"] = file_hashes(folder)
+    write_json(path, manifest)
+    return manifest
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of all files of a bundle."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and whether the model ended it by itself."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+class Bundle:
+    """An opened bundle: `Bundle.load(folder).answer("…")`."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Read qft.json. Raises InputError if the folder is no bundle."""
+        path = folder / NAME
+        try:
+            return cls(folder, json.loads(path.read_text("utf-8")))
+        except FileNotFoundError:
+            raise InputError(f"{folder} is not a bundle: it holds no {NAME}", hint="a bundle lies in runs/NAME/bundles/TARGET") from None
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: {error}") from None
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return inside(self.folder, self.manifest["model"])
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The bundle's tokenizer and chat template."""
+        return TextTokenizer.load(self.folder)
+
+    def runner(self, *, threads: int = 0, provider: str = "cpu") -> OnnxRunner:
+        """A session on the model."""
+        return OnnxRunner(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What the model is fed for a user's text: the recipe's prompt and the chat template around it."""
+        recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
+        content = recipe_prompt.replace("{" + column + "}", text) if recipe_prompt and column else text
+        if not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(content, add_special_tokens=True)
+        system = self.manifest.get("system")
+        messages = ([Message("system", system)] if system else []) + [Message("user", content)]
+        return self.tokenizer.encode(self.tokenizer.render(messages, add_generation_prompt=True))
+
+    def answer(self, texts: list[str], runner: OnnxRunner, *, max_new_tokens: int) -> list[Answer]:
+        """Greedy answers, one a text."""
+        stops = self.tokenizer.stop_ids
+        answers = []
+        for text in texts:
+            ids = runner.generate([self.prompt_ids(text)], max_new_tokens=max_new_tokens, stop_ids=stops)[0]
+            answers.append(Answer(self.tokenizer.decode(ids), ids[-1] in stops, len(ids)))
+        return answers
+
+    def problems(self) -> list[Problem]:
+        """Files that are missing, changed or not listed; empty if the bundle is as it was made."""
+        expected, there = self.manifest.get("files", {}), file_hashes(self.folder)
+        found = [Problem("is missing", name) for name in expected if name not in there]
+        found += [Problem("has changed since the bundle was made", name)
+                  for name in expected if name in there and there[name] != expected[name]]
+        return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]

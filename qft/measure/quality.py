@@ -1,0 +1,173 @@
+"""How good a model is on held-out rows: one measure for torch and for onnxruntime. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+
+from qft.data.encode import Encoded
+from qft.data.tokenizer import TextTokenizer
+from qft.progress import OnProgress, Progress, silent
+
+_MOST_TOKENS = 4096  # padded tokens of one forward pass: logits of 4096 tokens over 49,152 words are 0.8 GB
+
+
+class Runner(Protocol):
+    """A model that can be measured."""
+
+    def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """One held-out row: what was expected, what was answered, its mean loss a target token (nats)."""
+
+    where: str
+    expected: str
+    answer: str
+    right: bool
+    ended: bool
+    loss: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """metric is the headline; loss in nats a target token. Percentages are of rows; None where rows have no labels.
+
+    accuracy_percent: generated answers exactly right. label_percent: answers that are exactly one of the labels.
+    ended_percent: answers the model ended by itself. preferred_percent: rows where the right label's first token is
+    likelier than the other labels' (None if labels begin alike).
+    """
+
+    metric: str
+    value: float
+    loss: float
+    perplexity: float
+    token_accuracy_percent: float
+    rows: int
+    target_tokens: int
+    accuracy_percent: float | None
+    label_percent: float | None
+    ended_percent: float | None
+    preferred_percent: float | None
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+def higher_is_better(metric: str) -> bool:
+    """The good direction of a headline metric."""
+    return metric != "perplexity"
+
+
+def measure(runner: Runner, rows: Sequence[Encoded], tokenizer: TextTokenizer, *, metric: str, batch_size: int,
+            extra_tokens: int, on_progress: OnProgress = silent) -> tuple[Quality, list[RowAnswer]]:
+    """Measure every row. metric: accuracy, perplexity or auto (accuracy if rows have labels).
+
+    One teacher-forced pass gives each row's loss and tells whether greedy generation would give the expected answer
+    token for token; only rows where it would not are generated, to see what is answered instead.
+    """
+    labels = sorted({r.label for r in rows if r.label is not None})
+    first = _first_tokens(rows, labels)
+    forced: list[_Forced] = [_Forced(0.0, 0, False, None)] * len(rows)
+    done = 0
+    for batch in batches([len(r.input_ids) for r in rows], batch_size):
+        for index, result in zip(batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True):
+            forced[index] = result
+        done += len(batch)
+        on_progress(Progress("measure", done, len(rows), "rows"))
+    answers = _answers(runner, rows, forced, tokenizer, batch_size, extra_tokens, on_progress) if labels else []
+    return _summary(metric, rows, forced, answers, labels), answers
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers by length, at most `batch_size` rows and 4,096 padded tokens at a time."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > _MOST_TOKENS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Forced:
+    nats: float  # summed over targets
+    hits: int  # targets that are the first choice
+    whole_answer: bool  # greedy generation gives the expected answer
+    preferred: str | None
+
+
+def _first_tokens(rows: Sequence[Encoded], labels: Sequence[str]) -> dict[str, int]:
+    """label → its answer's first token; empty if two labels begin with the same token."""
+    found = {r.label: r.answer[0] for r in rows if r.label is not None and r.answer}
+    return found if len(set(found.values())) == len(labels) else {}  # type: ignore[return-value]
+
+
+def _teacher_forced(runner: Runner, rows: Sequence[Encoded], first: dict[str, int]) -> list[_Forced]:
+    ends = [len(r.in_loss) - r.in_loss[::-1].index(True) for r in rows]
+    spans = [end - min(r.first_target, r.answer_start) for r, end in zip(rows, ends, strict=True)]
+    keep = max(spans)
+    logits = runner.logits([r.input_ids[: end - 1] for r, end in zip(rows, ends, strict=True)], keep)
+    keep = logits.shape[1]
+    results = []
+    for row, end, values in zip(rows, ends, logits, strict=True):
+        begin = min(row.first_target, row.answer_start)
+        part = values[keep - (end - begin) :]
+        targets, flags = np.array(row.input_ids[begin:end]), np.array(row.in_loss[begin:end])
+        top = part.max(-1)
+        nats = top + np.log(np.exp(part - top[:, None]).sum(-1)) - part[np.arange(len(targets)), targets]
+        hits = part.argmax(-1) == targets
+        at = row.answer_start - begin
+        preferred = max(first, key=lambda label: part[at, first[label]]) if first else None
+        results.append(_Forced(float(nats[flags].sum()), int(hits[flags].sum()), bool(hits[at:].all()), preferred))
+    return results
+
+
+def _answers(runner: Runner, rows: Sequence[Encoded], forced: Sequence[_Forced], tokenizer: TextTokenizer, batch_size: int,
+             extra_tokens: int, on_progress: OnProgress) -> list[RowAnswer]:
+    longest = max(len(r.answer) for r in rows)
+    open_rows = [i for i, f in enumerate(forced) if not f.whole_answer]
+    texts: dict[int, tuple[str, bool]] = {}
+    for batch in batches([len(rows[i].prompt) for i in open_rows], batch_size):
+        chosen = [open_rows[b] for b in batch]
+        out = runner.generate([rows[i].prompt for i in chosen], max_new_tokens=longest + extra_tokens,
+                              stop_ids=tokenizer.stop_ids)
+        for index, ids in zip(chosen, out, strict=True):
+            texts[index] = (tokenizer.decode(ids), ids[-1] in tokenizer.stop_ids)
+        on_progress(Progress("generate", len(texts), len(open_rows), "answers"))
+    answers = []
+    for index, (row, result) in enumerate(zip(rows, forced, strict=True)):
+        expected = row.label or ""
+        text, ended = texts.get(index, (expected, True))
+        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, result.nats / sum(row.in_loss)))
+    return answers
+
+
+def _summary(metric: str, rows: Sequence[Encoded], forced: Sequence[_Forced], answers: Sequence[RowAnswer],
+             labels: Sequence[str]) -> Quality:
+    targets = sum(sum(r.in_loss) for r in rows)
+    loss = sum(f.nats for f in forced) / targets
+    perplexity = float(np.exp(min(loss, 80.0)))
+
+    def percent(flags: Sequence[bool]) -> float:
+        return 100 * sum(flags) / len(flags)
+
+    preferred = [f.preferred == r.label for f, r in zip(forced, rows, strict=True)]
+    accuracy = percent([a.right for a in answers]) if answers else None
+    headline = ("accuracy" if answers else "perplexity") if metric == "auto" else metric
+    token_accuracy = 100 * sum(f.hits for f in forced) / targets
+    value = perplexity if headline == "perplexity" else accuracy if accuracy is not None else token_accuracy
+    return Quality(
+        headline, value, loss, perplexity, token_accuracy, len(rows), targets, accuracy,
+        percent([a.answer in labels for a in answers]) if answers else None,
+        percent([a.ended for a in answers]) if answers else None,
+        percent(preferred) if answers and forced[0].preferred is not None else None)
