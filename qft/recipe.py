@@ -89,7 +89,7 @@ class EvaluationKeys(_Section):
 class BudgetKeys(_Section):
     """How much worse than the tuned model the shipped one may be before `verify` fails."""
 
-    max_worse: Positive | str = Field(
+    max_worse: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(points|%)$")] = Field(
         "3 points", description="'3 points' of a metric in percent, or '5%' of its value, in the metric's bad direction")
 
 
