@@ -68,6 +68,12 @@ def fetch(uri: str, *, relative_to: Path, cache: Path, repo_type: Literal["model
     return replace(source, uri=uri)
 
 
+def local_stamp(uri: str, relative_to: Path) -> str | None:
+    """SHA-256 of a file or folder on this machine, so that a change is seen; None for hub ids, packages and missing files."""
+    path = relative_to / Path(uri.partition("#sha256=")[0].strip()).expanduser()
+    return _local(path).sha256 if not uri.startswith("pypi:") and path.exists() else None
+
+
 def _local(path: Path) -> Source:
     if path.is_dir():
         licence = next((p.name for p in sorted(path.glob("LICEN[CS]E*"))), None)

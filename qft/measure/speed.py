@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from qft.errors import InputError, StageError
 from qft.measure.machine import memory_bandwidth, peak_memory
@@ -53,8 +52,8 @@ class Speed:
 
 
 def measure_in_fresh_process(bundle: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int,
-                             provider: str) -> dict[str, Any]:
-    """Speed as a dict. Raises InputError (provider missing) or StageError (the worker failed)."""
+                             provider: str) -> Speed:
+    """Load and run a bundle where nothing else is in memory. Raises InputError (provider missing) or StageError (the worker failed)."""
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "trials": trials, "threads": threads,
                 "provider": provider}
     worker = subprocess.run([sys.executable, "-m", "qft.measure.speed", str(bundle), json.dumps(settings)],
@@ -63,7 +62,8 @@ def measure_in_fresh_process(bundle: Path, *, prompt_tokens: int, new_tokens: in
         raise InputError(worker.stderr.strip())
     if worker.returncode:
         raise StageError(f"the measuring process failed: {worker.stderr.strip().splitlines()[-1:]}")
-    return json.loads(worker.stdout.splitlines()[-1])
+    found = json.loads(worker.stdout.splitlines()[-1])
+    return Speed(**{key: Spread(**value) if isinstance(value, dict) else value for key, value in found.items()})
 
 
 def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int, provider: str) -> Speed:

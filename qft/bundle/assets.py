@@ -1,0 +1,79 @@
+"""The files beside the graph that runtimes read: tokenizer, config.json, generation_config.json, genai_config.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.files import write_json, write_text
+
+# Not `tokenizer.model`: transformers 4.57 puts the whole .gguf there (98 MB) where a model came as one.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                    "merges.txt", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What runtimes must know about a decoder graph; input and output names as in the file."""
+
+    model: str  # inside the bundle: onnx/model_q4.onnx
+    inputs: Sequence[str]
+    stop_ids: Sequence[int]
+    pad_id: int
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Tokenizer and chat template; a template that lies in tokenizer_config.json also becomes chat_template.jinja."""
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    path = target / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, str) and not (target / "chat_template.jinja").exists():
+        write_text(target / "chat_template.jinja", template)
+
+
+def write_runtime_configs(merged: Path, bundle: Path, decoder: Decoder) -> None:
+    """config.json (transformers.js, optimum), generation_config.json, genai_config.json (onnxruntime-genai)."""
+    config = json.loads((merged / "config.json").read_text("utf-8"))
+    config.pop("_name_or_path", None)
+    suffix = Path(decoder.model).stem.partition("_")[2]
+    data_type = {"": "fp32", "quantized": "int8"}.get(suffix, suffix)
+    config["transformers.js_config"] = {"dtype": data_type, "use_external_data_format": True}
+    write_json(bundle / "config.json", config)
+    path = merged / "generation_config.json"
+    generation = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    generation |= {"eos_token_id": list(decoder.stop_ids), "pad_token_id": decoder.pad_id}
+    write_json(bundle / "generation_config.json", generation)
+    write_json(bundle / "genai_config.json", genai_config(config, decoder))
+
+
+def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """For onnxruntime-genai: an unfused graph names position_ids and cannot share past and present buffers."""
+    heads = config["num_attention_heads"]
+    context = config.get("max_position_embeddings", 2048)
+    named = [name for name in ("input_ids", "attention_mask", "position_ids") if name in decoder.inputs]
+    return {
+        "model": {
+            "type": config["model_type"], "vocab_size": config["vocab_size"], "context_length": context,
+            "bos_token_id": config.get("bos_token_id") or decoder.pad_id, "eos_token_id": list(decoder.stop_ids),
+            "pad_token_id": decoder.pad_id,
+            "decoder": {
+                "filename": decoder.model,
+                "head_size": config.get("head_dim") or config["hidden_size"] // heads,
+                "hidden_size": config["hidden_size"], "num_attention_heads": heads,
+                "num_hidden_layers": config["num_hidden_layers"],
+                "num_key_value_heads": config.get("num_key_value_heads") or heads,
+                "inputs": {name: name for name in named} | {"past_key_names": "past_key_values.%d.key",
+                                                            "past_value_names": "past_key_values.%d.value"},
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            },
+        },
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+    }

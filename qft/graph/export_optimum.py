@@ -1,0 +1,35 @@
+"""A Hugging Face folder → a float ONNX graph, through optimum."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+
+from qft.errors import StageError
+from qft.libraries import quiet_transformers
+from qft.progress import OnProgress, Progress, silent
+
+
+def export_float(folder: Path, target: Path, *, export_task: str, on_progress: OnProgress = silent) -> None:
+    """Write `target` (`…/model.onnx`) and its weights beside it as `model.onnx_data`, float32, in one copy.
+
+    export_task: optimum's name, such as text-generation-with-past. Raises StageError with optimum's reason.
+    """
+    quiet_transformers()
+    from optimum.exporters.onnx import main_export
+
+    on_progress(Progress("export through optimum", 0))
+    with TemporaryDirectory(prefix="qft-export-", dir=target.parent) as scratch:
+        noise = io.StringIO()  # the tracer prints to both streams
+        try:
+            with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+                main_export(str(folder), scratch, task=export_task, dtype="fp32", do_validation=False,
+                            library_name="transformers", local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # optimum raises many kinds; the user needs the reason, and --debug shows the rest
+            raise StageError(f"optimum cannot export this model: {error}", hint="--debug shows where") from error
+        # One name for the weights, the one optimum and transformers.js expect: the file name is written inside the graph.
+        ir.save(ir.load(Path(scratch) / "model.onnx"), target, external_data=f"{target.name}_data")

@@ -1,0 +1,43 @@
+"""How good the untouched base is on the held-out rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.measure.quality import Quality
+from qft.recipe import Recipe
+from qft.stages import prepare
+from qft.stages.job import Job
+
+NEEDS = ("prepare",)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Quality of the base in its 16-bit weights."""
+
+    quality: Quality
+
+
+def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
+    """What decides the result."""
+    return {"evaluation": recipe.evaluation.model_dump(), "compute_dtype": recipe.quantization.compute_dtype}
+
+
+def outputs(job: Job) -> list[Path]:
+    """What must be there for the stage to count as done."""
+    return [job.run.answers("baseline")]
+
+
+def run(job: Job) -> Facts:
+    """Measure the base."""
+    from qft.base_model import load
+    from qft.data.tokenizer import TextTokenizer
+    from qft.training.runner import TorchRunner
+
+    folder = job.facts(prepare.Facts).base_folder
+    tokenizer = TextTokenizer.load(folder)
+    model = load(folder, base="none", double_quant=False, compute_dtype=job.recipe.quantization.compute_dtype)
+    return Facts(job.measure("baseline", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer))

@@ -1,0 +1,79 @@
+"""The merged model as a float ONNX bundle, through optimum."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.bundle.assets import Decoder, copy_tokenizer, write_runtime_configs
+from qft.bundle.manifest import Bundle, size_bytes, update
+from qft.bundle.session import OnnxRunner
+from qft.data.tokenizer import TextTokenizer
+from qft.files import folder_aside, sha256_file
+from qft.measure.machine import versions
+from qft.measure.quality import Quality
+from qft.recipe import Recipe
+from qft.stages import prepare, tune
+from qft.stages.job import Job
+from qft.tasks import find_task
+
+NEEDS = ("prepare", "merge")
+
+TARGET = "float"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Quality of the float bundle under onnxruntime, and its size."""
+
+    quality: Quality
+    bundle_bytes: int
+
+
+def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
+    """What decides the result."""
+    return {"evaluation": recipe.evaluation.model_dump()}
+
+
+def outputs(job: Job) -> list[Path]:
+    """What must be there for the stage to count as done."""
+    return [job.run.bundle(TARGET) / name for name in ("qft.json", "onnx/model.onnx", "onnx/model.onnx_data")]
+
+
+def run(job: Job) -> Facts:
+    """Export, describe, measure."""
+    from qft.graph.export_optimum import export_float
+
+    with folder_aside(job.run.bundle(TARGET)) as aside:
+        (aside / "onnx").mkdir()
+        export_float(job.run.merged, aside / "onnx/model.onnx", export_task=find_task(job.recipe.task).export_task,
+                     on_progress=job.on_progress)
+        describe(job, aside, target=TARGET, model="onnx/model.onnx")
+        quality = measure_bundle(job, "export", aside)
+    return Facts(quality, size_bytes(job.run.bundle(TARGET)))
+
+
+def describe(job: Job, folder: Path, *, target: str, model: str) -> None:
+    """Everything beside the graph: tokenizer, the runtimes' configs, and qft.json with task, licence and lineage."""
+    facts, recipe = job.facts(prepare.Facts), job.recipe
+    copy_tokenizer(job.run.merged, folder)
+    tokenizer = TextTokenizer.load(folder)
+    runner = OnnxRunner(folder / model, pad_id=tokenizer.pad_id)
+    inputs = [i.name for i in runner.session.get_inputs()]
+    write_runtime_configs(job.run.merged, folder, Decoder(model, inputs, tokenizer.stop_ids, tokenizer.pad_id))
+    update(folder, format=1, name=recipe.name, target=target, task=recipe.task, ort_class=find_task(recipe.task).ort_class,
+           model=model, labels=facts.labels, prompt=recipe.data.prompt, prompt_column=facts.prompt_column,
+           system=recipe.data.system, inputs=inputs, outputs=[o.name for o in runner.session.get_outputs()],
+           licence=facts.model.licence,
+           lineage={"base_model": asdict(facts.model), "data": [asdict(s) for s in facts.data],
+                    "recipe_sha256": sha256_file(job.run.recipe), "adapter_steps": job.facts(tune.Facts).steps,
+                    "versions": versions()})
+
+
+def measure_bundle(job: Job, stage: str, folder: Path) -> Quality:
+    """Quality of a bundle under onnxruntime, written into its qft.json."""
+    bundle = Bundle.load(folder)
+    quality = job.measure(stage, bundle.runner(), bundle.tokenizer)
+    update(folder, quality=asdict(quality))
+    return quality

@@ -1,0 +1,145 @@
+"""Sources → a base model folder and rows of token ids: read, split, tokenized, counted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.base_model import local_checkpoint
+from qft.data.encode import EncodeCounts, Encoded, encode_all
+from qft.data.examples import Counts, Example, Shape, to_examples
+from qft.data.inspect import DataReport, check_loss_mask, length_percentiles
+from qft.data.rows import read_rows
+from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
+from qft.data.tokenizer import TextTokenizer
+from qft.files import folder_aside, write_text
+from qft.progress import Progress
+from qft.recipe import Recipe
+from qft.sources import Source, fetch, local_stamp
+from qft.stages.job import Job
+from qft.tasks import find_task
+
+NEEDS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceFact:
+    """Where something came from."""
+
+    uri: str
+    sha256: str
+    licence: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """base_folder: the base model as a Hugging Face folder, in the cache or where the user keeps it."""
+
+    base_folder: Path
+    model: SourceFact
+    data: list[SourceFact]
+    report: DataReport
+    labels: list[str]
+    prompt_column: str | None
+
+
+def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
+    """What decides the result: the keys, and the content of files that are not pinned by a version."""
+    files = [recipe.model, *_train_uris(recipe), *([recipe.data.eval] if isinstance(recipe.data.eval, str) else [])]
+    return {"task": recipe.task, "model": recipe.model, "data": recipe.data.model_dump(),
+            "max_length": recipe.training.max_length, "files": [local_stamp(uri, relative_to) for uri in files]}
+
+
+def outputs(job: Job) -> list[Path]:
+    """What must be there for the stage to count as done."""
+    record = job.run.record("prepare")
+    return [job.run.data, *([Path(record.facts["base_folder"])] if record else [])]
+
+
+def run(job: Job) -> Facts:
+    """Fetch, read, split, tokenize."""
+    recipe = job.recipe
+    find_task(recipe.task)
+    model = _fetch(job, recipe.model, "model")
+    base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
+    tokenizer = TextTokenizer.load(base)
+    sources = [_fetch(job, uri, "dataset") for uri in _train_uris(recipe)]
+    examples, counts = _examples(job, sources)
+    kept, duplicates, conflicts = drop_duplicates(examples)
+    parts, leaked, eval_source = _split(job, kept)
+    encoded: dict[str, list[Encoded]] = {}
+    tallies: dict[str, EncodeCounts] = {}
+    for part, rows in parts.items():
+        encoded[part], tallies[part] = encode_all(rows, tokenizer, max_length=recipe.training.max_length,
+                                                  on_progress=job.on_progress)
+    check_loss_mask(encoded["train"], answers_only=kept[0].text is None)
+    _write(job.run.data, encoded)
+    report = _report(counts, duplicates, conflicts, leaked, tallies, encoded)
+    described = [*sources, *([eval_source] if eval_source else [])]
+    return Facts(base, _fact(model), [_fact(s) for s in described], report, sorted(counts.labels), _prompt_column(recipe))
+
+
+def _train_uris(recipe: Recipe) -> list[str]:
+    return [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
+
+
+def _fetch(job: Job, uri: str, kind: Any) -> Source:
+    job.on_progress(Progress(f"fetch {uri.partition('/')[0]}", 0))
+    return fetch(uri, relative_to=job.relative_to, cache=job.cache, repo_type=kind, on_progress=job.on_progress)
+
+
+def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Counts]:
+    keys = job.recipe.data
+    rows = [row for source in sources for row in read_rows(source.path, columns=keys.columns)]
+    return to_examples(rows, Shape(keys.format, keys.text_column, keys.label_column, keys.bins, keys.prompt, keys.system))
+
+
+def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], int, Source | None]:
+    keys = job.recipe.data
+    if isinstance(keys.eval, str):
+        source = _fetch(job, keys.eval, "dataset")
+        held_out, _ = _examples(job, [source])
+        examples, leaked = without_leaks(examples, held_out)
+        parts = {"eval": held_out, **split_by_hash(examples, {"validation": keys.validation}, seed=keys.seed)}
+    else:
+        source, leaked = None, 0
+        parts = split_by_hash(examples, {"eval": keys.eval, "validation": keys.validation}, seed=keys.seed)
+    if keys.max_train_rows:
+        parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
+    return parts, leaked, source
+
+
+def _write(folder: Path, encoded: dict[str, list[Encoded]]) -> None:
+    with folder_aside(folder) as aside:
+        for part, rows in encoded.items():
+            write_text(aside / f"{part}.jsonl", "".join(json.dumps(row.as_dict()) + "\n" for row in rows))
+
+
+def _report(counts: Counts, duplicates: int, conflicts: int, leaked: int, tallies: dict[str, EncodeCounts],
+            encoded: dict[str, list[Encoded]]) -> DataReport:
+    median, most, longest = length_percentiles(encoded["train"])
+
+    def total(key: str) -> int:
+        return sum(asdict(tally)[key] for tally in tallies.values())
+
+    return DataReport(
+        rows_read=counts.rows, empty=counts.empty, in_no_bin=counts.in_no_bin, duplicates=duplicates, conflicts=conflicts,
+        leaked=leaked, cut=total("cut"), nothing_in_loss=total("nothing_in_loss"), unknown_tokens=total("unknown_tokens"),
+        train_rows=len(encoded["train"]), validation_rows=len(encoded["validation"]), eval_rows=len(encoded["eval"]),
+        train_tokens=tallies["train"].tokens, train_target_tokens=tallies["train"].target_tokens,
+        length_median=median, length_95_percent=most, length_longest=longest, labels=counts.labels)
+
+
+def _prompt_column(recipe: Recipe) -> str | None:
+    """The one column of data.prompt that an app fills in; None if there is no prompt, or it has several places."""
+    places = re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", recipe.data.prompt or "")
+    return places[0] if len(places) == 1 else None
+
+
+def _fact(source: Source) -> SourceFact:
+    return SourceFact(source.uri, source.sha256, source.licence, source.revision)

@@ -1,0 +1,81 @@
+"""Each target's grid put into the graph: the bundles that ship."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qft.bundle.golden import as_json, make_cases
+from qft.bundle.manifest import Bundle, size_bytes, update
+from qft.files import folder_aside
+from qft.measure.quality import Quality
+from qft.progress import Progress
+from qft.recipe import Recipe
+from qft.stages import export
+from qft.stages.job import Job
+from qft.targets import Target, find_target
+
+NEEDS = ("export",)
+
+_GOLDEN_CASES = 8
+_GOLDEN_TOKENS = 24  # a golden answer is at most this long
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """One shipped bundle. bits_per_weight: codes, scales and zero points over the quantized weights, all counted once."""
+
+    quality: Quality
+    bundle_bytes: int
+    quantized_weights: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Target name → its bundle."""
+
+    targets: dict[str, TargetFacts]
+
+
+def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
+    """What decides the result: the profiles' content, not only their names."""
+    return {"targets": [find_target(name).model_dump() for name in recipe.export.targets],
+            "evaluation": recipe.evaluation.model_dump()}
+
+
+def outputs(job: Job) -> list[Path]:
+    """What must be there for the stage to count as done."""
+    targets = [find_target(name) for name in job.recipe.export.targets]
+    return [job.run.bundle(t.name) / name for t in targets for name in ("qft.json", t.model, f"{t.model}_data")]
+
+
+def run(job: Job) -> Facts:
+    """Make every target's bundle."""
+    return Facts({name: _ship(job, find_target(name)) for name in job.recipe.export.targets})
+
+
+def _ship(job: Job, target: Target) -> TargetFacts:
+    from qft.graph.matmulnbits import GridPlan, quantize_graph
+
+    plan = GridPlan(bits=target.bits, head_bits=target.head_bits, block=target.block, accuracy_level=target.accuracy_level)
+    with folder_aside(job.run.bundle(target.name)) as aside:
+        (aside / "onnx").mkdir()
+        tensors = quantize_graph(job.run.bundle(export.TARGET) / "onnx/model.onnx", aside / target.model, plan, job.on_progress)
+        export.describe(job, aside, target=target.name, model=target.model)
+        update(aside, quantization=[asdict(tensor) for tensor in tensors])
+        quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
+        _add_golden_cases(job, aside)
+    weights = sum(t.rows * t.cols for t in tensors)
+    return TargetFacts(quality, size_bytes(job.run.bundle(target.name)), weights, 8 * sum(t.bytes for t in tensors) / weights)
+
+
+def _add_golden_cases(job: Job, folder: Path) -> None:
+    job.on_progress(Progress("golden cases", 0, _GOLDEN_CASES, "cases"))
+    bundle, rows = Bundle.load(folder), job.rows("eval")
+    # Plain text has no prompt: its first half asks for the second.
+    prompts = [row.prompt if len(row.prompt) > 1 else row.input_ids[: max(2, len(row.input_ids) // 2)] for row in rows]
+    cases = make_cases(bundle.runner(), prompts[:_GOLDEN_CASES], bundle.tokenizer.decode, max_new_tokens=_GOLDEN_TOKENS,
+                       stop_ids=bundle.tokenizer.stop_ids)
+    update(folder, golden=as_json(cases))

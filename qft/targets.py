@@ -1,0 +1,43 @@
+"""Deployment profiles, export/targets/*.yaml: what a target asks of the graph."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qft.errors import InputError, Problem
+from qft.paths import shipped
+from qft.recipe_yaml import read_yaml
+
+
+class Target(BaseModel):
+    """One deployment profile. suffix: of the ONNX file, as transformers.js names data types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    suffix: str
+    bits: Literal[4, 8] = Field(description="linear layers")
+    head_bits: Literal[4, 8] = Field(description="embedding and head")
+    block: Literal[16, 32, 64, 128] = Field(description="columns that share a scale and a zero point")
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")
+
+    @property
+    def model(self) -> str:
+        """The ONNX file inside the bundle."""
+        return f"onnx/model_{self.suffix}.onnx"
+
+
+def find_target(name: str) -> Target:
+    """A shipped profile by its name. Raises InputError naming those there are."""
+    try:
+        path = shipped(f"export/targets/{name}.yaml")
+    except InputError:
+        names = sorted(p.stem for p in shipped("export/targets").glob("*.yaml"))
+        raise InputError(f"there is no target {name!r}", where="export.targets", hint=f"there are {', '.join(names)}") from None
+    document = read_yaml(path.read_text("utf-8"))
+    try:
+        return Target.model_validate({"name": name, **(document.value or {})})
+    except ValidationError as error:
+        raise InputError([Problem(e["msg"], f"{path}: {'.'.join(map(str, e['loc']))}") for e in error.errors()]) from None
