@@ -21,7 +21,9 @@ def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = s
     if source.path.is_dir():
         return _checked(source.path)
     if source.path.suffix.lower() != ".gguf":
-        raise InputError(f"{source.path} is not a model", hint="a model is a folder with config.json, a .gguf file or a hub id")
+        raise InputError(
+            f"{source.path} is not a model", hint="a model is a folder with config.json, a .gguf file or a hub id"
+        )
     target = cache / "converted" / source.sha256[:16]
     with exclusive(target.with_suffix(".lock"), wait=True):
         if not (target / "config.json").exists():
@@ -33,17 +35,24 @@ def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = s
 def _checked(folder: Path) -> Path:
     path = folder / "config.json"
     if not path.exists():
-        raise InputError(f"{folder} holds no config.json, so it is not a model", hint="name the folder that holds config.json")
+        raise InputError(
+            f"{folder} holds no config.json, so it is not a model", hint="name the folder that holds config.json"
+        )
     try:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise InputError(f"{folder.name} is a {architectures[0]}, not a causal language model", where="model",
-                         hint="task text-generation needs a …ForCausalLM model")
+        raise InputError(
+            f"{folder.name} is a {architectures[0]}, not a causal language model",
+            where="model",
+            hint="task text-generation needs a …ForCausalLM model",
+        )
     if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} holds no .safetensors weights", hint="pickled weights are not read; convert them first")
+        raise InputError(
+            f"{folder} holds no .safetensors weights", hint="pickled weights are not read; convert them first"
+        )
     return folder
 
 
@@ -56,13 +65,17 @@ def _convert_gguf(path: Path, target: Path) -> None:
     try:
         fields = GGUFReader(path).fields
     except (ValueError, IndexError, KeyError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a whole .gguf file: {error}", hint="it may be cut short; fetch it again") from None
+        raise InputError(
+            f"{path} is not a whole .gguf file: {error}", hint="it may be cut short; fetch it again"
+        ) from None
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as error:
-        raise InputError(f"transformers cannot read {path.name}: {error}", hint="give the model as a Hugging Face folder") from None
+        raise InputError(
+            f"transformers cannot read {path.name}: {error}", hint="give the model as a Hugging Face folder"
+        ) from None
     with folder_aside(target) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -76,8 +89,14 @@ def _set_end(folder: Path, eos_id: int) -> None:
     for name in ("config.json", "generation_config.json"):
         if (path := folder / name).exists():
             write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token_id": eos_id, "pad_token_id": eos_id})
-    text = next((t["content"] for t in json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-                 if t["id"] == eos_id), None)
+    text = next(
+        (
+            t["content"]
+            for t in json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+            if t["id"] == eos_id
+        ),
+        None,
+    )
     path = folder / "tokenizer_config.json"
     if text is not None:
         write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token": text, "pad_token": text})
@@ -95,8 +114,12 @@ def load(folder: Path, *, base: str, double_quant: bool, compute_dtype: str, dev
     already = "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
     if base != "none" and not already:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=base, bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            load_in_4bit=True,
+            bnb_4bit_quant_type=base,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     keep_quantized_weights_unpacked(model)
     _make_head_input_contiguous(model)
     return model.to(device) if base == "none" else model

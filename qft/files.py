@@ -48,7 +48,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(aside, path)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -75,8 +75,8 @@ def folder_aside(target: Path) -> Iterator[Path]:
         _fsync_tree(aside)
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
-            os.replace(target, old)
-        os.replace(aside, target)
+            target.replace(old)
+        aside.replace(target)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -93,7 +93,9 @@ def inside(root: Path, name: str) -> Path:
     """`root / name`, or an InputError if that would lie outside `root` (absolute names, `..`, links that lead out)."""
     path = (root / name).resolve()
     if not path.is_relative_to(root.resolve()):
-        raise InputError(f"{name!r} leads out of {root}", hint="names inside an archive or a bundle must stay inside it")
+        raise InputError(
+            f"{name!r} leads out of {root}", hint="names inside an archive or a bundle must stay inside it"
+        )
     return path
 
 

@@ -14,8 +14,18 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("transformers", "bitsandbytes", "optimum", "optimum.exporters", "peft", "accelerate", "torch", "onnx_ir",
-                 "torch.onnx", "huggingface_hub"):
+    for name in (
+        "transformers",
+        "bitsandbytes",
+        "optimum",
+        "optimum.exporters",
+        "peft",
+        "accelerate",
+        "torch",
+        "onnx_ir",
+        "torch.onnx",
+        "huggingface_hub",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

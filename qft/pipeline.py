@@ -111,15 +111,29 @@ def _run_one(job: Job, name: str, fingerprint: str, on_stage: OnStage) -> None:
     except KeyboardInterrupt:
         raise Interrupted(f"stopped in the stage {name}", hint="the same command goes on from there") from None
     except MemoryError as error:
-        raise StageError(f"{name} ran out of memory", hint="a smaller training.batch_size or max_length needs less") from error
+        raise StageError(
+            f"{name} ran out of memory", hint="a smaller training.batch_size or max_length needs less"
+        ) from error
     except OSError as error:
-        raise StageError(f"{name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "),
-                         hint="is the disk full, or the folder not writable?") from error
+        raise StageError(
+            f"{name}: {error.strerror or error}: {error.filename or ''}".rstrip(": "),
+            hint="is the disk full, or the folder not writable?",
+        ) from error
     found = TypeAdapter(type(facts)).dump_python(facts, mode="json")
     problems = stage.judge(facts, job.recipe) if hasattr(stage, "judge") else []
     seconds = round(time.monotonic() - began, 3)
-    job.run.write_record(name, StageRecord("failed" if problems else "done", fingerprint, started, seconds, peak.bytes, found,
-                                           [str(p) for p in problems]))
+    job.run.write_record(
+        name,
+        StageRecord(
+            "failed" if problems else "done",
+            fingerprint,
+            started,
+            seconds,
+            peak.bytes,
+            found,
+            [str(p) for p in problems],
+        ),
+    )
     if problems:
         raise StageError(problems)
     on_stage(StageEvent(name, "done", seconds, found))

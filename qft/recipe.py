@@ -24,19 +24,30 @@ class DataKeys(_Section):
 
     train: str | list[str] = Field(description="file, folder, hub id or pypi:… source of rows; a list is read in order")
     eval: Fraction | Count | str = Field(
-        0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source")
+        0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source"
+    )
     validation: Fraction | Count = Field(
-        0.05, description="rows split off train by hash for choices: best checkpoint, way of merging")
+        0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
+    )
     format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels"] = Field(
-        "auto", description="how a row becomes an example; auto looks at the columns")
-    columns: list[str] | None = Field(None, description="names of the columns of a delimited file without a header line")
+        "auto", description="how a row becomes an example; auto looks at the columns"
+    )
+    columns: list[str] | None = Field(
+        None, description="names of the columns of a delimited file without a header line"
+    )
     text_column: str = Field("text", description="column that holds the text (formats text and labels)")
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
     bins: dict[str, str] | None = Field(
-        None, description="turns a rating into labels, as {negative: '<= -1', positive: '>= 1'}; rows in no bin are dropped")
+        None,
+        description="turns a rating into labels, as {negative: '<= -1', positive: '>= 1'}; rows in no bin are dropped",
+    )
     prompt: str | None = Field(
-        None, description="user's message built from a row, with {column} in braces (formats labels and prompt-completion)")
-    system: str | None = Field(None, description="system message put before every example; none: what the chat template does")
+        None,
+        description="user's message built from a row, with {column} in braces (formats labels and prompt-completion)",
+    )
+    system: str | None = Field(
+        None, description="system message put before every example; none: what the chat template does"
+    )
     max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
     seed: int = Field(0, description="seed of the split and of the order of rows")
 
@@ -44,10 +55,13 @@ class DataKeys(_Section):
 class QuantizationKeys(_Section):
     """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314)."""
 
-    base: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit type of the frozen weights; none keeps 16 bits")
+    base: Literal["nf4", "fp4", "none"] = Field(
+        "nf4", description="4-bit type of the frozen weights; none keeps 16 bits"
+    )
     double_quant: bool = Field(True, description="quantize the block scales as well (saves 0.4 bits a weight)")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="type of the matrix products in training")
+        "bfloat16", description="type of the matrix products in training"
+    )
 
 
 class LoraKeys(_Section):
@@ -55,7 +69,9 @@ class LoraKeys(_Section):
 
     r: Count = Field(16, description="rank of the adapter")
     alpha: Positive = Field(32, description="scale of the adapter is alpha / r")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the adapter's input while training")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout on the adapter's input while training"
+    )
     target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, or all-linear")
 
 
@@ -70,8 +86,12 @@ class TrainingKeys(_Section):
     max_length: Count = Field(512, description="tokens; longer rows are cut, and counted")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third more time")
-    evaluations: Annotated[int, Field(ge=0)] = Field(4, description="how often in a run the validation rows are measured")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations: less memory, about a third more time"
+    )
+    evaluations: Annotated[int, Field(ge=0)] = Field(
+        4, description="how often in a run the validation rows are measured"
+    )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
 
@@ -80,17 +100,20 @@ class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
     metric: Literal["auto", "accuracy", "perplexity"] = Field(
-        "auto", description="headline metric: accuracy where rows have labels, otherwise perplexity")
+        "auto", description="headline metric: accuracy where rows have labels, otherwise perplexity"
+    )
     batch_size: Count = Field(16, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
-        8, description="tokens a generated answer may be longer than the longest expected one")
+        8, description="tokens a generated answer may be longer than the longest expected one"
+    )
 
 
 class BudgetKeys(_Section):
     """How much worse than the tuned model the shipped one may be before `verify` fails."""
 
     max_worse: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(points|%)$")] = Field(
-        "3 points", description="'3 points' of a metric in percent, or '5%' of its value, in the metric's bad direction")
+        "3 points", description="'3 points' of a metric in percent, or '5%' of its value, in the metric's bad direction"
+    )
 
 
 class ExportKeys(_Section):
@@ -104,11 +127,16 @@ class VerifyKeys(_Section):
     """Parity: float ONNX against torch, quantized ONNX against float ONNX, on held-out rows."""
 
     rows: Count = Field(32, description="held-out rows compared, every position of each")
-    float_top1: Share = Field(0.99, description="least share of positions where torch and float ONNX choose the same token")
+    float_top1: Share = Field(
+        0.99, description="least share of positions where torch and float ONNX choose the same token"
+    )
     float_max_logit_difference: Positive = Field(
-        0.05, description="largest difference of any logit between torch float32 and float ONNX")
+        0.05, description="largest difference of any logit between torch float32 and float ONNX"
+    )
     quantized_top1: Share = Field(0.75, description="least share of positions where float and quantized ONNX agree")
-    quantized_kl: Positive = Field(0.5, description="largest mean KL divergence of quantized from float ONNX, nats a token")
+    quantized_kl: Positive = Field(
+        0.5, description="largest mean KL divergence of quantized from float ONNX, nats a token"
+    )
 
 
 class BenchKeys(_Section):
@@ -117,16 +145,20 @@ class BenchKeys(_Section):
     prompt_tokens: Count = Field(256, description="tokens of the prompt")
     new_tokens: Count = Field(64, description="tokens generated after it")
     trials: Annotated[int, Field(ge=2)] = Field(5, description="counted trials after one warm-up")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="threads of onnxruntime; 0: the number of physical cores")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="threads of onnxruntime; 0: the number of physical cores"
+    )
     provider: Literal["cpu", "cuda", "directml", "coreml", "openvino"] = Field(
-        "cpu", description="onnxruntime execution provider")
+        "cpu", description="onnxruntime execution provider"
+    )
 
 
 class Recipe(_Section):
     """One job: a model, its rows, how it is tuned, what is shipped."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="name of the run folder; by default the recipe's file name")
+        description="name of the run folder; by default the recipe's file name"
+    )
     model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION/path/inside")
     task: str = Field("text-generation", description="transformers' task name")
     data: DataKeys = Field(description="rows and how they become examples")

@@ -17,24 +17,57 @@ from qft.recipe_yaml import KeyPath, read_yaml
 
 # Other tools' words (Axolotl, LLaMA-Factory, TRL, Unsloth, PEFT) and ours for the same thing.
 _OTHER_WORDS = {
-    "lora_r": "lora.r", "lora_rank": "lora.r", "rank": "lora.r", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout",
-    "lora_target": "lora.target_modules", "lora_target_modules": "lora.target_modules", "lora_target_linear": "lora.target_modules",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules",
     "target_modules": "lora.target_modules",
-    "base_model": "model", "model_name_or_path": "model", "model_name": "model", "model_id": "model",
-    "dataset": "data.train", "datasets": "data.train", "train_file": "data.train", "dataset_name": "data.train",
-    "val_set_size": "data.validation", "eval_file": "data.eval", "val_size": "data.validation", "test_size": "data.eval",
-    "num_epochs": "training.epochs", "num_train_epochs": "training.epochs", "epochs": "training.epochs",
-    "lr": "training.learning_rate", "learning_rate": "training.learning_rate",
-    "micro_batch_size": "training.batch_size", "per_device_train_batch_size": "training.batch_size",
-    "batch_size": "training.batch_size", "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "model_name": "model",
+    "model_id": "model",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "train_file": "data.train",
+    "dataset_name": "data.train",
+    "val_set_size": "data.validation",
+    "eval_file": "data.eval",
+    "val_size": "data.validation",
+    "test_size": "data.eval",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "epochs": "training.epochs",
+    "lr": "training.learning_rate",
+    "learning_rate": "training.learning_rate",
+    "micro_batch_size": "training.batch_size",
+    "per_device_train_batch_size": "training.batch_size",
+    "batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
     "grad_accumulation_steps": "training.gradient_accumulation_steps",
-    "sequence_len": "training.max_length", "cutoff_len": "training.max_length", "max_seq_length": "training.max_length",
-    "max_seq_len": "training.max_length", "max_length": "training.max_length", "block_size": "training.max_length",
-    "warmup_ratio": "training.warmup_ratio", "weight_decay": "training.weight_decay", "seed": "training.seed",
-    "max_grad_norm": "training.max_grad_norm", "gradient_checkpointing": "training.gradient_checkpointing",
-    "load_in_4bit": "quantization.base", "bnb_4bit_quant_type": "quantization.base", "quantization_bit": "quantization.base",
-    "bnb_4bit_use_double_quant": "quantization.double_quant", "bnb_4bit_compute_dtype": "quantization.compute_dtype",
-    "template": "data.prompt", "max_samples": "data.max_train_rows", "output_dir": "name", "run_name": "name",
+    "sequence_len": "training.max_length",
+    "cutoff_len": "training.max_length",
+    "max_seq_length": "training.max_length",
+    "max_seq_len": "training.max_length",
+    "max_length": "training.max_length",
+    "block_size": "training.max_length",
+    "warmup_ratio": "training.warmup_ratio",
+    "weight_decay": "training.weight_decay",
+    "seed": "training.seed",
+    "max_grad_norm": "training.max_grad_norm",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "load_in_4bit": "quantization.base",
+    "bnb_4bit_quant_type": "quantization.base",
+    "quantization_bit": "quantization.base",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
+    "template": "data.prompt",
+    "max_samples": "data.max_train_rows",
+    "output_dir": "name",
+    "run_name": "name",
 }
 
 
@@ -50,7 +83,9 @@ class LoadedRecipe:
 
     def where(self, key: str) -> str:
         """`file:line (key)` of a dotted key, or of its section; `on the command line` for an override."""
-        return _where(self.path, self.lines, {o.partition("=")[0].strip() for o in self.overrides}, tuple(key.split(".")))
+        return _where(
+            self.path, self.lines, {o.partition("=")[0].strip() for o in self.overrides}, tuple(key.split("."))
+        )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -60,19 +95,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     if document.problems:
         raise InputError([Problem(p.what, f"{path}:{line}", p.hint) for line, p in document.problems])
     if document.value is None:
-        raise InputError("the recipe is empty", where=str(path), hint="a recipe needs at least model and data.train; "
-                         "`qft schema` lists all keys")
+        raise InputError(
+            "the recipe is empty",
+            where=str(path),
+            hint="a recipe needs at least model and data.train; `qft schema` lists all keys",
+        )
     if not isinstance(document.value, dict):
-        raise InputError(f"a recipe is a mapping of keys, not a {type(document.value).__name__}", where=f"{path}:1",
-                         hint="its lines look like `model: HuggingFaceTB/SmolLM2-135M-Instruct`")
+        raise InputError(
+            f"a recipe is a mapping of keys, not a {type(document.value).__name__}",
+            where=f"{path}:1",
+            hint="its lines look like `model: HuggingFaceTB/SmolLM2-135M-Instruct`",
+        )
     values = document.value
     changed = _apply(values, overrides)
     values.setdefault("name", path.stem)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [Problem(what, _where(path, document.lines, changed, key), hint)
-                    for key, what, hint in _explain(error, values)]
+        problems = [
+            Problem(what, _where(path, document.lines, changed, key), hint)
+            for key, what, hint in _explain(error, values)
+        ]
         raise InputError(sorted(problems, key=_order)) from None
     return LoadedRecipe(recipe, path, text, tuple(overrides), document.lines)
 
@@ -85,7 +128,9 @@ def _read(path: Path) -> str:
 
         names = shipped_recipes()
         near = difflib.get_close_matches(path.name, [Path(n).name for n in names], 1, 0.5)
-        listed = f"did you mean recipes/{near[0]}?" if near else f"shipped with qft: {', '.join(names)}" if names else ""
+        listed = (
+            f"did you mean recipes/{near[0]}?" if near else f"shipped with qft: {', '.join(names)}" if names else ""
+        )
         raise InputError(f"no recipe at {path}", hint=listed) from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, not a recipe") from None
@@ -107,7 +152,9 @@ def _apply(values: dict[str, Any], overrides: Sequence[str]) -> set[str]:
         key, equals, text = typed.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise InputError(f"cannot read {typed!r}", where="on the command line", hint="write key=value, as training.epochs=2")
+            raise InputError(
+                f"cannot read {typed!r}", where="on the command line", hint="write key=value, as training.epochs=2"
+            )
         document = read_yaml(text)
         if document.problems:
             raise InputError([Problem(p.what, f"on the command line ({typed})", p.hint) for _, p in document.problems])
@@ -135,7 +182,11 @@ def _explain(error: ValidationError, values: dict[str, Any]) -> Iterator[tuple[K
         elif found["type"] == "missing":
             yield key, f"{dotted} is missing", f"it takes {_wanted(key)}"
         elif section_fields().get(dotted):
-            yield key, f"{dotted} must hold keys, not {_shown(_value(values, key))}", f"its keys are {', '.join(_keys_in(dotted))}"
+            yield (
+                key,
+                f"{dotted} must hold keys, not {_shown(_value(values, key))}",
+                f"its keys are {', '.join(_keys_in(dotted))}",
+            )
         else:
             yield key, f"{dotted} must be {_wanted(key)}, not {_shown(_value(values, key))}", _choice_hint(key, values)
 
@@ -189,7 +240,9 @@ def _choice_hint(key: KeyPath, values: dict[str, Any]) -> str:
 
 def _value(values: Any, key: KeyPath) -> Any:
     for part in key:
-        values = values[int(part)] if isinstance(values, list) else values.get(part) if isinstance(values, dict) else None
+        values = (
+            values[int(part)] if isinstance(values, list) else values.get(part) if isinstance(values, dict) else None
+        )
     return values
 
 

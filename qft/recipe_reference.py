@@ -33,8 +33,10 @@ class KeyRow:
 
 def reference_rows() -> list[KeyRow]:
     """One row for each key that takes a value, in the order of a recipe."""
-    return [KeyRow(key, type_words(field), default_text(key, field), field.description or "")
-            for key, field in key_fields().items()]
+    return [
+        KeyRow(key, type_words(field), default_text(key, field), field.description or "")
+        for key, field in key_fields().items()
+    ]
 
 
 def key_fields() -> dict[str, FieldInfo]:
@@ -133,7 +135,9 @@ def _words(kind: Any, metadata: list[Any]) -> str:
 
 
 def _range_words(metadata: list[Any]) -> str:
-    limits = {name: getattr(rule, name) for rule in metadata for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)}
+    limits = {
+        name: getattr(rule, name) for rule in metadata for name in ("gt", "ge", "lt", "le") if hasattr(rule, name)
+    }
     if set(limits) == {"ge", "le"}:
         return f"from {limits['ge']} to {limits['le']}"
     phrases = {"gt": "greater than", "ge": "of at least", "lt": "less than", "le": "of at most"}

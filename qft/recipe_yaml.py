@@ -118,7 +118,9 @@ class _Reader:
             key, line = self._text(key_node), key_node.start_mark.line + 1
             if key in result:
                 first = self.document.lines[(*path, key)]
-                self._complain(key_node, f"{'.'.join((*path, key))} is written twice, first in line {first}", "keep one")
+                self._complain(
+                    key_node, f"{'.'.join((*path, key))} is written twice, first in line {first}", "keep one"
+                )
                 continue
             self.document.lines[(*path, key)] = line
             result[key] = self.read(value_node, (*path, key))

@@ -108,9 +108,15 @@ class RunFolder:
         if owner is None and self.root.exists() and any(p for p in self.root.iterdir() if p.name != ".lock"):
             raise InputError(f"{self.root} holds something that qft did not make", hint="choose another name: name=…")
         if owner is not None and owner != origin and self.recipe.read_text("utf-8") != text:
-            raise InputError(f"{self.root} is the run of another recipe, {owner}",
-                             hint=f"choose another name, as name={self.name}-2, or another folder with --runs")
-        content |= {"recipe": origin if owner is None or owner == origin else owner, "overrides": list(overrides), **about}
+            raise InputError(
+                f"{self.root} is the run of another recipe, {owner}",
+                hint=f"choose another name, as name={self.name}-2, or another folder with --runs",
+            )
+        content |= {
+            "recipe": origin if owner is None or owner == origin else owner,
+            "overrides": list(overrides),
+            **about,
+        }
         write_text(self.recipe, text)
         write_json(self.root / "run.json", content)
 
@@ -121,9 +127,13 @@ class RunFolder:
             with exclusive(self.root / ".lock", wait=False):
                 yield
         except BlockingIOError:
-            raise StageError(f"another qft is at work in {self.root}", hint="wait for it, or choose another name: name=…") from None
+            raise StageError(
+                f"another qft is at work in {self.root}", hint="wait for it, or choose another name: name=…"
+            ) from None
         except PermissionError as error:
-            raise InputError(f"cannot write in {self.root}: {error.strerror}", hint="choose another folder with --runs") from None
+            raise InputError(
+                f"cannot write in {self.root}: {error.strerror}", hint="choose another folder with --runs"
+            ) from None
 
 
 def newest_run(runs: Path) -> RunFolder:

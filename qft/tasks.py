@@ -17,9 +17,12 @@ class Task:
     ort_class: str
 
 
-_TASKS = {task.name: task for task in [
-    Task("text-generation", "text-generation-with-past", "ORTModelForCausalLM"),
-]}
+_TASKS = {
+    task.name: task
+    for task in [
+        Task("text-generation", "text-generation-with-past", "ORTModelForCausalLM"),
+    ]
+}
 
 
 def find_task(name: str) -> Task:

@@ -12,8 +12,15 @@ from typing import Any
 from qft.files import write_json, write_text
 
 # Not `tokenizer.model`: transformers 4.57 puts the whole .gguf there (98 MB) where a model came as one.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                    "merges.txt", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 @dataclass(frozen=True)
@@ -60,18 +67,26 @@ def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
     named = [name for name in ("input_ids", "attention_mask", "position_ids") if name in decoder.inputs]
     return {
         "model": {
-            "type": config["model_type"], "vocab_size": config["vocab_size"], "context_length": context,
-            "bos_token_id": config.get("bos_token_id") or decoder.pad_id, "eos_token_id": list(decoder.stop_ids),
+            "type": config["model_type"],
+            "vocab_size": config["vocab_size"],
+            "context_length": context,
+            "bos_token_id": config.get("bos_token_id") or decoder.pad_id,
+            "eos_token_id": list(decoder.stop_ids),
             "pad_token_id": decoder.pad_id,
             "decoder": {
                 "filename": decoder.model,
                 "head_size": config.get("head_dim") or config["hidden_size"] // heads,
-                "hidden_size": config["hidden_size"], "num_attention_heads": heads,
+                "hidden_size": config["hidden_size"],
+                "num_attention_heads": heads,
                 "num_hidden_layers": config["num_hidden_layers"],
                 "num_key_value_heads": config.get("num_key_value_heads") or heads,
-                "inputs": {name: name for name in named} | {"past_key_names": "past_key_values.%d.key",
-                                                            "past_value_names": "past_key_values.%d.value"},
-                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                "inputs": {name: name for name in named}
+                | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             },
         },

@@ -19,7 +19,9 @@ class Runner(Protocol):
 
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray: ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]: ...
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Agreement:
         return self.agreement >= LEAST_AGREEMENT and not self.clear_differences and not self.free_differences
 
 
-def make_cases(runner: Runner, prompts: Sequence[Sequence[int]], decode: Any, *, max_new_tokens: int,
-               stop_ids: Sequence[int]) -> list[GoldenCase]:
+def make_cases(
+    runner: Runner, prompts: Sequence[Sequence[int]], decode: Any, *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[GoldenCase]:
     """Run each prompt alone, as an app would."""
     cases = []
     for prompt in prompts:
@@ -60,8 +63,11 @@ def make_cases(runner: Runner, prompts: Sequence[Sequence[int]], decode: Any, *,
         order = np.argsort(-logits, axis=-1)[:, :TOP]
         best = np.take_along_axis(logits, order, -1)
         margin = float((best[:, 0] - best[:, 1]).min())
-        cases.append(GoldenCase(list(prompt), answer, decode(answer), order.tolist(), np.round(best, 4).tolist(),
-                                margin >= FREE_MARGIN))
+        cases.append(
+            GoldenCase(
+                list(prompt), answer, decode(answer), order.tolist(), np.round(best, 4).tolist(), margin >= FREE_MARGIN
+            )
+        )
     return cases
 
 

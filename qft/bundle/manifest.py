@@ -18,8 +18,11 @@ NAME = "qft.json"
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a bundle but qft.json, by its name inside the bundle."""
-    return {p.relative_to(folder).as_posix(): sha256_file(p)
-            for p in sorted(folder.rglob("*")) if p.is_file() and p.name != NAME and not p.name.startswith(".")}
+    return {
+        p.relative_to(folder).as_posix(): sha256_file(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != NAME and not p.name.startswith(".")
+    }
 
 
 def update(folder: Path, **facts: Any) -> dict[str, Any]:
@@ -60,7 +63,9 @@ class Bundle:
         try:
             return cls(folder, json.loads(path.read_text("utf-8")))
         except FileNotFoundError:
-            raise InputError(f"{folder} is not a bundle: it holds no {NAME}", hint="a bundle lies in runs/NAME/bundles/TARGET") from None
+            raise InputError(
+                f"{folder} is not a bundle: it holds no {NAME}", hint="a bundle lies in runs/NAME/bundles/TARGET"
+            ) from None
         except ValueError as error:
             raise InputError(f"{path} is damaged: {error}") from None
 
@@ -101,6 +106,9 @@ class Bundle:
         """Files that are missing, changed or not listed; empty if the bundle is as it was made."""
         expected, there = self.manifest.get("files", {}), file_hashes(self.folder)
         found = [Problem("is missing", name) for name in expected if name not in there]
-        found += [Problem("has changed since the bundle was made", name)
-                  for name in expected if name in there and there[name] != expected[name]]
+        found += [
+            Problem("has changed since the bundle was made", name)
+            for name in expected
+            if name in there and there[name] != expected[name]
+        ]
         return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]

@@ -14,8 +14,13 @@ import psutil
 
 from qft.errors import InputError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "directml": "DmlExecutionProvider",
-             "coreml": "CoreMLExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml", "openvino": "onnxruntime-openvino"}
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -44,8 +49,11 @@ class OnnxRunner:
         if wanted not in ort.get_available_providers():
             there = [name for name, full in PROVIDERS.items() if full in ort.get_available_providers()]
             package = _PACKAGES.get(provider)
-            raise InputError(f"this onnxruntime has no {provider} provider; it has {', '.join(there)}", where="--provider",
-                             hint=f"pip uninstall -y onnxruntime && pip install {package}" if package else "use --provider cpu")
+            raise InputError(
+                f"this onnxruntime has no {provider} provider; it has {', '.join(there)}",
+                where="--provider",
+                hint=f"pip uninstall -y onnxruntime && pip install {package}" if package else "use --provider cpu",
+            )
         if not model.exists():
             raise InputError(f"no model at {model}")
         options = ort.SessionOptions()
@@ -54,25 +62,34 @@ class OnnxRunner:
         try:
             self.session = ort.InferenceSession(str(model), options, providers=[wanted])
         except Exception as error:  # onnxruntime's own errors share no base but Exception
-            raise InputError(f"onnxruntime cannot open {model}: {str(error).splitlines()[0][:200]}",
-                             hint="`qft check` compares a bundle's files with their hashes") from None
+            raise InputError(
+                f"onnxruntime cannot open {model}: {str(error).splitlines()[0][:200]}",
+                hint="`qft check` compares a bundle's files with their hashes",
+            ) from None
         if wanted not in self.session.get_providers():
-            raise InputError(f"onnxruntime could not start the {provider} provider", where="--provider",
-                             hint="its libraries or the card's driver are missing; `qft doctor` shows what is there")
+            raise InputError(
+                f"onnxruntime could not start the {provider} provider",
+                where="--provider",
+                hint="its libraries or the card's driver are missing; `qft doctor` shows what is there",
+            )
         self.pad_id = pad_id
         self.threads = options.intra_op_num_threads
         self._outputs = [o.name for o in self.session.get_outputs()]
         inputs = {i.name: i for i in self.session.get_inputs()}
         self._named_positions = "position_ids" in inputs
-        self._past = {name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")}
+        self._past = {
+            name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
+        }
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, Cache]:
         """Feed left-padded rows; float32 logits (rows, width, vocabulary) and the cache."""
         width = max(map(len, rows))
         ids = np.array([[self.pad_id] * (width - len(r)) + list(r) for r in rows], dtype=np.int64)
         mask = np.array([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=np.int64)
-        empty = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros((len(rows), shape[1], 0, shape[3]), dtype=kind))
-                 for name, (shape, kind) in self._past.items()}
+        empty = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((len(rows), shape[1], 0, shape[3]), dtype=kind))
+            for name, (shape, kind) in self._past.items()
+        }
         positions = np.maximum(mask.cumsum(-1) - 1, 0)
         return self._run(ids, mask, positions, empty)
 
@@ -82,9 +99,14 @@ class OnnxRunner:
         mask = np.concatenate([cache.mask, np.ones((len(tokens), 1), np.int64)], axis=1)
         return self._run(ids, mask, cache.positions[:, None], cache.values)
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict[str, Any]) -> tuple[np.ndarray, Cache]:
-        feed = {"input_ids": ort.OrtValue.ortvalue_from_numpy(ids), "attention_mask": ort.OrtValue.ortvalue_from_numpy(mask),
-                **past}
+    def _run(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict[str, Any]
+    ) -> tuple[np.ndarray, Cache]:
+        feed = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(ids),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(mask),
+            **past,
+        }
         if self._named_positions:
             feed["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(positions))
         results = dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, feed), strict=True))
@@ -95,7 +117,9 @@ class OnnxRunner:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of left-padded rows."""
         return self.prefill(rows)[0][:, -keep:]
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
         """Greedy continuations; each ends with its stop token if one came."""
         logits, cache = self.prefill(prompts)
         out: list[list[int]] = [[] for _ in prompts]

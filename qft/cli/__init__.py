@@ -1,0 +1,105 @@
+"""What a user types. The group knows its commands by name, so that `qft --help` imports click alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import sys
+from typing import Any
+
+import click
+
+from qft import __version__
+
+# name → (module of qft.cli, help line); a command is a function of that module named NAME_command.
+COMMANDS = {
+    "run": ("stages", "Do everything a recipe asks for: tune, merge, export, quantize, verify, bench, report."),
+    "tune": ("stages", "Train an adapter on the 4-bit base."),
+    "merge": ("stages", "Fold the adapter into the base, the better of two ways."),
+    "export": ("stages", "Make the verified bundle (--float: the plain ONNX)."),
+    "quantize": ("stages", "Put every target's grid into the graph."),
+    "verify": ("stages", "Hold the bundle against the tuned model and the promised budget."),
+    "bench": ("stages", "Measure load, first token, prefill and decode."),
+    "report": ("stages", "Write report.html again."),
+    "eval": ("use", "Measure a bundle's quality on held-out rows, or on rows of your own."),
+    "predict": ("use", "Ask a bundle, without torch."),
+    "check": ("use", "Compare a bundle's files and golden cases with what it promises."),
+    "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
+    "doctor": ("start", "Show what this machine has and can do."),
+    "schema": ("start", "List every recipe key; --json-schema for editors."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"qft.cli.{COMMANDS[name][0]}")
+        command: click.Command = getattr(module, f"{name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        import difflib
+
+        near = difflib.get_close_matches(args[0], COMMANDS, 1)
+        if args[0] not in COMMANDS and near:
+            ctx.fail(f"no command {args[0]!r}; did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qft")
+def cli() -> None:
+    """From a recipe to a verified model inside an app: what you train is what you ship."""
+
+
+def main() -> None:
+    """Run the command line; every error is one message and an exit code (2 input, 1 a stage, 130 interrupted)."""
+    from qft.errors import QftError
+
+    debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        cli.main(standalone_mode=False)
+    except QftError as error:
+        _end([str(problem) for problem in error.problems], error.exit_code, error, debug=debug, as_json=as_json)
+    except click.ClickException as error:
+        hint = f"\n  see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
+        _end([error.format_message() + hint], 2, error, debug=debug, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _end(["stopped; the same command goes on from there"], 130, error, debug=debug, as_json=as_json)
+    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:  # a defect of ours: still one message
+        _end(
+            [f"qft failed unexpectedly: {type(error).__name__}: {error}\n  --debug shows where; please report it"],
+            1,
+            error,
+            debug=debug,
+            as_json=as_json,
+        )
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(messages: list[str], exit_code: int, error: BaseException, *, debug: bool, as_json: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if as_json:
+        click.echo(json.dumps({"error": messages, "exit_code": exit_code}))
+    for message in messages:
+        click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    sys.exit(exit_code)

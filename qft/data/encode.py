@@ -44,8 +44,13 @@ class Encoded:
     @staticmethod
     def from_dict(line: dict) -> Encoded:
         """Undo `as_dict`."""
-        return Encoded(tuple(line["input_ids"]), tuple(map(bool, line["in_loss"])), line["answer_start"], line["label"],
-                       line["where"])
+        return Encoded(
+            tuple(line["input_ids"]),
+            tuple(map(bool, line["in_loss"])),
+            line["answer_start"],
+            line["label"],
+            line["where"],
+        )
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,9 @@ class EncodeCounts:
     target_tokens: int
 
 
-def encode_all(examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int,
-               on_progress: OnProgress = silent) -> tuple[list[Encoded], EncodeCounts]:
+def encode_all(
+    examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress = silent
+) -> tuple[list[Encoded], EncodeCounts]:
     """Encode every example; rows that keep no target within `max_length` are dropped and counted.
 
     Raises InputError if none is left.
@@ -73,16 +79,24 @@ def encode_all(examples: Sequence[Example], tokenizer: TextTokenizer, *, max_len
         encoded = encode(example, tokenizer)
         if len(encoded.input_ids) > max_length:
             cut += 1
-            encoded = Encoded(encoded.input_ids[:max_length], encoded.in_loss[:max_length], encoded.answer_start,
-                              encoded.label, encoded.where)
+            encoded = Encoded(
+                encoded.input_ids[:max_length],
+                encoded.in_loss[:max_length],
+                encoded.answer_start,
+                encoded.label,
+                encoded.where,
+            )
         if not any(encoded.in_loss):
             dropped += 1
             continue
         unknown += encoded.input_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
         kept.append(encoded)
     if examples and not kept:
-        raise InputError("no row keeps a token in the loss", where="training.max_length",
-                         hint=f"all {len(examples)} rows are longer than {max_length} tokens before their answer; raise it")
+        raise InputError(
+            "no row keeps a token in the loss",
+            where="training.max_length",
+            hint=f"all {len(examples)} rows are longer than {max_length} tokens before their answer; raise it",
+        )
     tokens, targets = sum(len(e.input_ids) for e in kept), sum(sum(e.in_loss) for e in kept)
     return kept, EncodeCounts(cut, dropped, unknown, tokens, targets)
 
@@ -134,8 +148,11 @@ def _chat_segments(example: Example, tokenizer: TextTokenizer) -> list[tuple[str
         before = tokenizer.render(example.messages[:index], add_generation_prompt=True)
         after = tokenizer.render(example.messages[: index + 1], add_generation_prompt=False)
         if not (before.startswith(written) and after.startswith(before)):
-            raise InputError("the model's chat template rewrites earlier turns, so the loss cannot be put on the answers",
-                             where=example.where, hint="use data.format: prompt-completion with one answer a row")
+            raise InputError(
+                "the model's chat template rewrites earlier turns, so the loss cannot be put on the answers",
+                where=example.where,
+                hint="use data.format: prompt-completion with one answer a row",
+            )
         segments += [(before[len(written) :], False), (after[len(before) :], True)]
         written = after
     return segments

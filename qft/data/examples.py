@@ -59,8 +59,8 @@ class Shape:
     system: str | None
 
 
-class _NoBin(Exception):  # noqa: N818 - not an error: this row is left out
-    pass
+class _NoBin(Exception):
+    """Not an error: this row is left out."""
 
 
 def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Counts]:
@@ -84,8 +84,11 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
             examples.append(_with_system(example, shape.system))
     labels = Counter(e.label for e in examples if e.label is not None)
     if name == "labels" and len(labels) < 2:
-        raise InputError(f"labels of one class only: {', '.join(labels) or 'none'}", where="data.label_column",
-                         hint=f"column {shape.label_column!r} needs at least two labels; check data.bins")
+        raise InputError(
+            f"labels of one class only: {', '.join(labels) or 'none'}",
+            where="data.label_column",
+            hint=f"column {shape.label_column!r} needs at least two labels; check data.bins",
+        )
     return examples, Counts(len(rows), empty, no_bin, dict(labels))
 
 
@@ -101,9 +104,12 @@ def _guess(row: Row, shape: Shape) -> str:
         return "labels"
     if shape.text_column in columns:
         return "text"
-    raise InputError(f"cannot tell what the columns mean: {', '.join(sorted(columns))}", where=row.where,
-                     hint="known are messages, prompt + completion, instruction + output, text + label, text; "
-                          "otherwise set data.format, data.text_column, data.label_column or data.columns")
+    raise InputError(
+        f"cannot tell what the columns mean: {', '.join(sorted(columns))}",
+        where=row.where,
+        hint="known are messages, prompt + completion, instruction + output, text + label, text; "
+        "otherwise set data.format, data.text_column, data.label_column or data.columns",
+    )
 
 
 def _with_system(example: Example, system: str | None) -> Example:
@@ -117,8 +123,11 @@ def _column(row: Row, name: str) -> Any:
     if name in row.values:
         return row.values[name]
     near = difflib.get_close_matches(name, row.values, 1)
-    raise InputError(f"no column {name!r}; there are {', '.join(row.values)}", where=row.where,
-                     hint=f"did you mean {near[0]!r}?" if near else "name the columns with data.columns")
+    raise InputError(
+        f"no column {name!r}; there are {', '.join(row.values)}",
+        where=row.where,
+        hint=f"did you mean {near[0]!r}?" if near else "name the columns with data.columns",
+    )
 
 
 def _text_of(value: Any) -> str:
@@ -134,9 +143,10 @@ def _messages(row: Row, shape: Shape, bins: Mapping) -> Example:
     for turn in turns:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         if role is None:
-            raise InputError("a message needs role and content", where=row.where,
-                             hint='as {"role": "user", "content": "…"}')
-        messages.append(Message(_ROLES.get(role, role), _text_of(turn.get("content", turn.get("value")))))
+            raise InputError(
+                "a message needs role and content", where=row.where, hint='as {"role": "user", "content": "…"}'
+            )
+        messages.append(Message(_ROLES.get(role, str(role)), _text_of(turn.get("content", turn.get("value")))))
     while messages and messages[-1].role != "assistant":  # nothing to learn after the last answer
         messages.pop()
     if not messages:
@@ -147,14 +157,18 @@ def _messages(row: Row, shape: Shape, bins: Mapping) -> Example:
 def _prompt_completion(row: Row, shape: Shape, bins: Mapping) -> Example:
     pair = next(((a, b) for a, b in _PAIRS if a in row.values and b in row.values), _PAIRS[0])
     prompt = fill(shape.prompt, row) if shape.prompt else _text_of(_column(row, pair[0]))
-    return Example((Message("user", prompt), Message("assistant", _text_of(_column(row, pair[1])))), None, None, row.where)
+    return Example(
+        (Message("user", prompt), Message("assistant", _text_of(_column(row, pair[1])))), None, None, row.where
+    )
 
 
 def _alpaca(row: Row, shape: Shape, bins: Mapping) -> Example:
     prompt = _text_of(_column(row, "instruction"))
     if extra := _text_of(row.values.get("input")):
         prompt = f"{prompt}\n\n{extra}"
-    return Example((Message("user", prompt), Message("assistant", _text_of(_column(row, "output")))), None, None, row.where)
+    return Example(
+        (Message("user", prompt), Message("assistant", _text_of(_column(row, "output")))), None, None, row.where
+    )
 
 
 def _text(row: Row, shape: Shape, bins: Mapping) -> Example:
@@ -170,7 +184,12 @@ def _labels(row: Row, shape: Shape, bins: Mapping[str, Callable[[float], bool]])
 
 
 _FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {
-    "messages": _messages, "prompt-completion": _prompt_completion, "alpaca": _alpaca, "text": _text, "labels": _labels}
+    "messages": _messages,
+    "prompt-completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "text": _text,
+    "labels": _labels,
+}
 
 
 def fill(template: str, row: Row) -> str:
@@ -191,7 +210,9 @@ def _bin_of(value: Any, bins: Mapping[str, Callable[[float], bool]], row: Row) -
         raise InputError(f"{value!r} is not a number, so data.bins cannot sort it", where=row.where) from None
     found = [label for label, holds in bins.items() if holds(number)]
     if len(found) > 1:
-        raise InputError(f"{number} is in several bins: {', '.join(found)}", where="data.bins", hint="bins must not overlap")
+        raise InputError(
+            f"{number} is in several bins: {', '.join(found)}", where="data.bins", hint="bins must not overlap"
+        )
     if not found:
         raise _NoBin
     return found[0]
@@ -199,8 +220,12 @@ def _bin_of(value: Any, bins: Mapping[str, Callable[[float], bool]], row: Row) -
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b,
-    "==": lambda a, b: a == b}
+    "<=": lambda a, b: a <= b,
+    ">=": lambda a, b: a >= b,
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+    "==": lambda a, b: a == b,
+}
 
 
 def _condition(label: str, text: str) -> Callable[[float], bool]:
@@ -210,5 +235,8 @@ def _condition(label: str, text: str) -> Callable[[float], bool]:
     if match := re.fullmatch(rf"{_NUMBER}\.\.{_NUMBER}", text):
         low, high = float(match[1]), float(match[2])
         return lambda value: low <= value <= high
-    raise InputError(f"cannot read the condition {text!r}", where=f"data.bins.{label}",
-                     hint="write '<= -1', '>= 1', '== 3' or '-0.5 .. 0.5'")
+    raise InputError(
+        f"cannot read the condition {text!r}",
+        where=f"data.bins.{label}",
+        hint="write '<= -1', '>= 1', '== 3' or '-0.5 .. 0.5'",
+    )

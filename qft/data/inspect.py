@@ -44,8 +44,10 @@ def length_percentiles(encoded: Sequence[Encoded]) -> tuple[int, int, int]:
 def marked(encoded: Encoded, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
     """Runs of text with whether their tokens are in the loss."""
     pairs = zip(encoded.input_ids, encoded.in_loss, strict=True)
-    return [(tokenizer.decode([token for token, _ in run], skip_special_tokens=False), flag)
-            for flag, run in groupby(pairs, key=lambda pair: pair[1])]
+    return [
+        (tokenizer.decode([token for token, _ in run], skip_special_tokens=False), flag)
+        for flag, run in groupby(pairs, key=lambda pair: pair[1])
+    ]
 
 
 def check_loss_mask(encoded: Sequence[Encoded], *, answers_only: bool) -> None:
@@ -55,5 +57,8 @@ def check_loss_mask(encoded: Sequence[Encoded], *, answers_only: bool) -> None:
     if targets == 0:
         raise InputError("no token is in the loss: nothing would be learnt", where="data")
     if answers_only and targets == tokens:
-        raise InputError("every token is in the loss, prompts too", where="data.format",
-                         hint="the rows have empty prompts; plain text is data.format: text")
+        raise InputError(
+            "every token is in the loss, prompts too",
+            where="data.format",
+            hint="the rows have empty prompts; plain text is data.format: text",
+        )

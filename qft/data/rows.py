@@ -32,10 +32,7 @@ def read_rows(path: Path, *, columns: list[str] | None) -> list[Row]:
     if path.is_dir():
         return _read_folder(path, columns)
     kind = _kind(path)
-    if kind == "parquet":
-        rows = _read_parquet(path)
-    else:
-        rows = _READERS[kind](path, _read_text(path), columns)
+    rows = _read_parquet(path) if kind == "parquet" else _READERS[kind](path, _read_text(path), columns)
     if not rows:
         raise InputError(f"{path} holds no rows", hint="it is empty" if path.stat().st_size == 0 else "")
     return rows
@@ -45,7 +42,9 @@ def _kind(path: Path) -> str:
     suffixes = [s.lower().lstrip(".") for s in path.suffixes]
     kind = suffixes[-2] if suffixes[-1:] == ["gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
     if kind not in {*_READERS, "parquet"}:
-        raise InputError(f"{path.name}: files of rows end in {', '.join(f'.{k}' for k in _READERS)} or .parquet, or .gz of these")
+        raise InputError(
+            f"{path.name}: files of rows end in {', '.join(f'.{k}' for k in _READERS)} or .parquet, or .gz of these"
+        )
     return kind
 
 
@@ -61,8 +60,9 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError("not UTF-8", where=f"{path.name}:{line}",
-                         hint="save the file as UTF-8 (iconv -f latin1 -t utf-8)") from None
+        raise InputError(
+            "not UTF-8", where=f"{path.name}:{line}", hint="save the file as UTF-8 (iconv -f latin1 -t utf-8)"
+        ) from None
 
 
 def _refuse(problems: list[Problem]) -> None:
@@ -87,7 +87,9 @@ def _read_jsonl(path: Path, text: str, columns: list[str] | None) -> list[Row]:
         if isinstance(value, dict):
             rows.append(Row(value, where))
         else:
-            problems.append(Problem(f"a {type(value).__name__}, not a JSON object", where, 'write {"column": value, …}'))
+            problems.append(
+                Problem(f"a {type(value).__name__}, not a JSON object", where, 'write {"column": value, …}')
+            )
     _refuse(problems)
     return rows
 
@@ -140,8 +142,13 @@ def _add(rows: list[Row], problems: list[Problem], header: list[str], fields: li
     if len(fields) == len(header):
         rows.append(Row(dict(zip(header, fields, strict=True)), where))
     else:
-        problems.append(Problem(f"{len(fields)} fields where {len(header)} are expected ({', '.join(header)})", where,
-                                "quote fields that hold the delimiter, or set data.columns"))
+        problems.append(
+            Problem(
+                f"{len(fields)} fields where {len(header)} are expected ({', '.join(header)})",
+                where,
+                "quote fields that hold the delimiter, or set data.columns",
+            )
+        )
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -155,7 +162,12 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 _READERS: dict[str, Callable[[Path, str, list[str] | None], list[Row]]] = {
-    "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "tsv": _read_tsv, "txt": _read_txt}
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
+    "txt": _read_txt,
+}
 
 
 def _read_folder(folder: Path, columns: list[str] | None) -> list[Row]:
@@ -168,5 +180,7 @@ def _read_folder(folder: Path, columns: list[str] | None) -> list[Row]:
         return [Row({**row.values, "label": p.stem}, row.where) for p in flat for row in read_rows(p, columns=None)]
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lstrip(".") in {*_READERS, "parquet", "gz"})
     if not files:
-        raise InputError(f"{folder} holds no files of rows", hint="jsonl, csv, tsv, parquet, or one folder of .txt a label")
+        raise InputError(
+            f"{folder} holds no files of rows", hint="jsonl, csv, tsv, parquet, or one folder of .txt a label"
+        )
     return [row for p in files for row in read_rows(p, columns=columns)]

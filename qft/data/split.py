@@ -27,7 +27,9 @@ def drop_duplicates(examples: Sequence[Example]) -> tuple[list[Example], int, in
     return kept, len(examples) - len(kept), conflicts
 
 
-def split_by_hash(examples: Sequence[Example], parts: Mapping[str, float | int], *, seed: int) -> dict[str, list[Example]]:
+def split_by_hash(
+    examples: Sequence[Example], parts: Mapping[str, float | int], *, seed: int
+) -> dict[str, list[Example]]:
     """Cut off `parts` (a fraction below 1, or a number of rows); the rest is "train". Order within a part is kept.
 
     A row's place is SHA-256(seed, text), so adding rows moves few others. Raises InputError if a part would be empty.
@@ -51,9 +53,12 @@ def split_by_hash(examples: Sequence[Example], parts: Mapping[str, float | int],
         result[owner.get(example.key(), "train")].append(example)
     for part, rows in result.items():
         if not rows:
-            raise InputError(f"the split leaves nothing for {part}: {len(examples)} rows in all, "
-                             + ", ".join(f"data.{p} = {s}" for p, s in parts.items()),
-                             where=f"data.{part}", hint="ask for fewer held-out rows, or give more rows")
+            raise InputError(
+                f"the split leaves nothing for {part}: {len(examples)} rows in all, "
+                + ", ".join(f"data.{p} = {s}" for p, s in parts.items()),
+                where=f"data.{part}",
+                hint="ask for fewer held-out rows, or give more rows",
+            )
     return result
 
 

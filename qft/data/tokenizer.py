@@ -28,7 +28,9 @@ class Message:
 class TextTokenizer:
     """tokenizer.json, the special tokens and the chat template of a model folder."""
 
-    def __init__(self, tokenizer: Tokenizer, *, settings: dict[str, Any], template: str | None, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, settings: dict[str, Any], template: str | None, eos_ids: Sequence[int]
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -45,8 +47,10 @@ class TextTokenizer:
         # A start-of-turn token never ends an answer, whatever a converted tokenizer_config claims.
         self.stop_ids: tuple[int, ...] = tuple(i for i in ends if i not in starts)
         if not self.stop_ids:
-            raise InputError("the tokenizer names no end-of-sequence token",
-                             hint="set eos_token_id in the model's generation_config.json")
+            raise InputError(
+                "the tokenizer names no end-of-sequence token",
+                hint="set eos_token_id in the model's generation_config.json",
+            )
         self.eos_id = self.stop_ids[0]
         self.pad_id = self.eos_id
 
@@ -57,8 +61,10 @@ class TextTokenizer:
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise InputError(f"no tokenizer.json in {folder}",
-                             hint="save the model with a fast tokenizer (transformers' save_pretrained)") from None
+            raise InputError(
+                f"no tokenizer.json in {folder}",
+                hint="save the model with a fast tokenizer (transformers' save_pretrained)",
+            ) from None
         except Exception as error:  # tokenizers raises bare Exception on a broken file
             raise InputError(f"{path} is not a tokenizer: {error}") from None
         settings = _json(folder / "tokenizer_config.json")
@@ -92,10 +98,17 @@ class TextTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return _environment().from_string(self._template).render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                add_generation_prompt=add_generation_prompt, bos_token=self._text("bos_token"),
-                eos_token=self._eos_text, tools=None)
+            return (
+                _environment()
+                .from_string(self._template)
+                .render(
+                    messages=[{"role": m.role, "content": m.content} for m in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self._text("bos_token"),
+                    eos_token=self._eos_text,
+                    tools=None,
+                )
+            )
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from None
 

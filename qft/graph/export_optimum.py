@@ -27,8 +27,16 @@ def export_float(folder: Path, target: Path, *, export_task: str, on_progress: O
         noise = io.StringIO()  # the tracer prints to both streams
         try:
             with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-                main_export(str(folder), scratch, task=export_task, dtype="fp32", do_validation=False,
-                            library_name="transformers", local_files_only=True, trust_remote_code=False)
+                main_export(
+                    str(folder),
+                    scratch,
+                    task=export_task,
+                    dtype="fp32",
+                    do_validation=False,
+                    library_name="transformers",
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
         except Exception as error:  # optimum raises many kinds; the user needs the reason, and --debug shows the rest
             raise StageError(f"optimum cannot export this model: {error}", hint="--debug shows where") from error
         # One name for the weights, the one optimum and transformers.js expect: the file name is written inside the graph.

@@ -44,7 +44,9 @@ class QuantizedTensor:
     mean_squared_error: float
 
 
-def quantize_graph(source: Path, target: Path, plan: GridPlan, on_progress: OnProgress = silent) -> list[QuantizedTensor]:
+def quantize_graph(
+    source: Path, target: Path, plan: GridPlan, on_progress: OnProgress = silent
+) -> list[QuantizedTensor]:
     """Write `target` (and `target`'s name + `_data`) from the float graph `source`; returns what was quantized.
 
     Raises StageError if the graph holds no weight to quantize.
@@ -79,9 +81,9 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 
 def _embedding(graph: ir.Graph) -> ir.Node | None:
     """The Gather that reads rows of a large constant matrix: the token embedding."""
-    gathers = [n for n in graph if n.op_type == "Gather" and n.inputs[0] is not None and n.inputs[0].const_value is not None
-               and len(n.inputs[0].const_value.shape) == 2]
-    return max(gathers, key=lambda n: n.inputs[0].const_value.size, default=None)
+    tables = [(_constant(n.inputs[0]), n) for n in graph if n.op_type == "Gather"]
+    found = [(table.size, n) for table, n in tables if table is not None and table.ndim == 2]
+    return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def _tied_head(graph: ir.Graph, embedding: ir.Node | None) -> ir.Node | None:
@@ -102,10 +104,15 @@ def _is_head(graph: ir.Graph, node: ir.Node) -> bool:
     return node.outputs[0] in graph.outputs
 
 
-def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GridPlan) -> list[QuantizedTensor]:
+def _quantize_embedding(
+    graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GridPlan
+) -> list[QuantizedTensor]:
     table = gather.inputs[0]
-    assert table is not None and table.name is not None
-    weight = _tensor(table.const_value.numpy())  # type: ignore[union-attr]
+    values = _constant(table)
+    assert table is not None
+    assert table.name is not None
+    assert values is not None
+    weight = _tensor(values)
     matrix = quantize_nearest(weight, bits=plan.head_bits, block=plan.block)
     name = table.name
     codes = _initializer(graph, f"{name}_q", pack(matrix.codes, matrix.bits))
@@ -115,8 +122,12 @@ def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, 
     # a Reshape (folded when the session is made) for the reader that wants the other shape.
     shape = _initializer(graph, f"{name}_q_shape", torch.tensor([matrix.codes.shape[0], -1]))
     flat = ir.node("Reshape", [codes, shape])
-    read = ir.node("GatherBlockQuantized", [flat.outputs[0], gather.inputs[1], scales, zeros], domain=_DOMAIN,
-                   attributes={"bits": matrix.bits, "block_size": plan.block, "gather_axis": 0, "quantize_axis": 1})
+    read = ir.node(
+        "GatherBlockQuantized",
+        [flat.outputs[0], gather.inputs[1], scales, zeros],
+        domain=_DOMAIN,
+        attributes={"bits": matrix.bits, "block_size": plan.block, "gather_axis": 0, "quantize_axis": 1},
+    )
     _replace(graph, gather, [flat, read])
     if head is not None:
         product = _matmulnbits(head.inputs[0], codes, scales, zeros, matrix, plan)
@@ -133,16 +144,28 @@ def _quantize_matmul(graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: i
         _initializer(graph, f"{name}_q", pack(matrix.codes, bits)),
         _initializer(graph, f"{name}_scales", matrix.scales),
         _initializer(graph, f"{name}_zero_points", pack(matrix.zero_points, bits)),
-        matrix, plan)
+        matrix,
+        plan,
+    )
     _replace(graph, node, [product])
     return _record(name, values, matrix)
 
 
-def _matmulnbits(x: ir.Value | None, codes: ir.Value, scales: ir.Value, zeros: ir.Value, matrix: Quantized,
-                 plan: GridPlan) -> ir.Node:
-    return ir.node("MatMulNBits", [x, codes, scales, zeros], domain=_DOMAIN,
-                   attributes={"bits": matrix.bits, "block_size": plan.block, "K": matrix.cols, "N": matrix.codes.shape[0],
-                               "accuracy_level": plan.accuracy_level})
+def _matmulnbits(
+    x: ir.Value | None, codes: ir.Value, scales: ir.Value, zeros: ir.Value, matrix: Quantized, plan: GridPlan
+) -> ir.Node:
+    return ir.node(
+        "MatMulNBits",
+        [x, codes, scales, zeros],
+        domain=_DOMAIN,
+        attributes={
+            "bits": matrix.bits,
+            "block_size": plan.block,
+            "K": matrix.cols,
+            "N": matrix.codes.shape[0],
+            "accuracy_level": plan.accuracy_level,
+        },
+    )
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -174,4 +197,6 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 def _record(name: str, weight: torch.Tensor, matrix: Quantized) -> QuantizedTensor:
     error = (dequantize(matrix) - weight).square().mean().item()
-    return QuantizedTensor(name, matrix.codes.shape[0], matrix.cols, matrix.bits, matrix.block, stored_bytes(matrix), error)
+    return QuantizedTensor(
+        name, matrix.codes.shape[0], matrix.cols, matrix.bits, matrix.block, stored_bytes(matrix), error
+    )

@@ -16,8 +16,19 @@ from typing import Any
 import numpy as np
 import psutil
 
-_PACKAGES = ("qft", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "optimum", "optimum-onnx", "onnx",
-             "onnxruntime", "tokenizers")
+_PACKAGES = (
+    "qft",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "onnxruntime",
+    "tokenizers",
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,14 @@ def machine() -> Machine:
     if cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text("utf-8").splitlines() if line.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
-    return Machine(name, psutil.cpu_count(logical=False) or 1, os.cpu_count() or 1, psutil.virtual_memory().total,
-                   f"{platform.system()} {platform.release()}", platform.python_version())
+    return Machine(
+        name,
+        psutil.cpu_count(logical=False) or 1,
+        os.cpu_count() or 1,
+        psutil.virtual_memory().total,
+        f"{platform.system()} {platform.release()}",
+        platform.python_version(),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -59,7 +76,9 @@ def memory_bandwidth(*, threads: int, mebibytes: int = 256, trials: int = 5) -> 
     parts = [np.ones(mebibytes * 131072 // threads, dtype=np.float64) for _ in range(threads)]
     best = 0.0
     for _ in range(trials):
-        workers = [threading.Thread(target=np.sum, args=(part,)) for part in parts]  # numpy lets go of the lock while summing
+        workers = [
+            threading.Thread(target=np.sum, args=(part,)) for part in parts
+        ]  # numpy lets go of the lock while summing
         began = time.perf_counter()
         for worker in workers:
             worker.start()

@@ -21,8 +21,14 @@ class Parity:
     mean_kl: float
 
 
-def compare(reference: Runner, other: Runner, rows: Sequence[Sequence[int]], *, batch_size: int = 4,
-            on_progress: OnProgress = silent) -> Parity:
+def compare(
+    reference: Runner,
+    other: Runner,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 4,
+    on_progress: OnProgress = silent,
+) -> Parity:
     """Every position of every row, both models fed the same left-padded batches."""
     positions = same = done = 0
     largest = divergence = 0.0

@@ -20,7 +20,9 @@ class Runner(Protocol):
 
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray: ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]: ...
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,16 @@ def higher_is_better(metric: str) -> bool:
     return metric != "perplexity"
 
 
-def measure(runner: Runner, rows: Sequence[Encoded], tokenizer: TextTokenizer, *, metric: str, batch_size: int,
-            extra_tokens: int, on_progress: OnProgress = silent) -> tuple[Quality, list[RowAnswer]]:
+def measure(
+    runner: Runner,
+    rows: Sequence[Encoded],
+    tokenizer: TextTokenizer,
+    *,
+    metric: str,
+    batch_size: int,
+    extra_tokens: int,
+    on_progress: OnProgress = silent,
+) -> tuple[Quality, list[RowAnswer]]:
     """Measure every row. metric: accuracy, perplexity or auto (accuracy if rows have labels).
 
     One teacher-forced pass gives each row's loss and tells whether greedy generation would give the expected answer
@@ -109,7 +119,7 @@ class _Forced:
 def _first_tokens(rows: Sequence[Encoded], labels: Sequence[str]) -> dict[str, int]:
     """label → its answer's first token; empty if two labels begin with the same token."""
     found = {r.label: r.answer[0] for r in rows if r.label is not None and r.answer}
-    return found if len(set(found.values())) == len(labels) else {}  # type: ignore[return-value]
+    return found if len(set(found.values())) == len(labels) else {}
 
 
 def _teacher_forced(runner: Runner, rows: Sequence[Encoded], first: dict[str, int]) -> list[_Forced]:
@@ -132,15 +142,23 @@ def _teacher_forced(runner: Runner, rows: Sequence[Encoded], first: dict[str, in
     return results
 
 
-def _answers(runner: Runner, rows: Sequence[Encoded], forced: Sequence[_Forced], tokenizer: TextTokenizer, batch_size: int,
-             extra_tokens: int, on_progress: OnProgress) -> list[RowAnswer]:
+def _answers(
+    runner: Runner,
+    rows: Sequence[Encoded],
+    forced: Sequence[_Forced],
+    tokenizer: TextTokenizer,
+    batch_size: int,
+    extra_tokens: int,
+    on_progress: OnProgress,
+) -> list[RowAnswer]:
     longest = max(len(r.answer) for r in rows)
     open_rows = [i for i, f in enumerate(forced) if not f.whole_answer]
     texts: dict[int, tuple[str, bool]] = {}
     for batch in batches([len(rows[i].prompt) for i in open_rows], batch_size):
         chosen = [open_rows[b] for b in batch]
-        out = runner.generate([rows[i].prompt for i in chosen], max_new_tokens=longest + extra_tokens,
-                              stop_ids=tokenizer.stop_ids)
+        out = runner.generate(
+            [rows[i].prompt for i in chosen], max_new_tokens=longest + extra_tokens, stop_ids=tokenizer.stop_ids
+        )
         for index, ids in zip(chosen, out, strict=True):
             texts[index] = (tokenizer.decode(ids), ids[-1] in tokenizer.stop_ids)
         on_progress(Progress("generate", len(texts), len(open_rows), "answers"))
@@ -152,8 +170,9 @@ def _answers(runner: Runner, rows: Sequence[Encoded], forced: Sequence[_Forced],
     return answers
 
 
-def _summary(metric: str, rows: Sequence[Encoded], forced: Sequence[_Forced], answers: Sequence[RowAnswer],
-             labels: Sequence[str]) -> Quality:
+def _summary(
+    metric: str, rows: Sequence[Encoded], forced: Sequence[_Forced], answers: Sequence[RowAnswer], labels: Sequence[str]
+) -> Quality:
     targets = sum(sum(r.in_loss) for r in rows)
     loss = sum(f.nats for f in forced) / targets
     perplexity = float(np.exp(min(loss, 80.0)))
@@ -167,7 +186,15 @@ def _summary(metric: str, rows: Sequence[Encoded], forced: Sequence[_Forced], an
     token_accuracy = 100 * sum(f.hits for f in forced) / targets
     value = perplexity if headline == "perplexity" else accuracy if accuracy is not None else token_accuracy
     return Quality(
-        headline, value, loss, perplexity, token_accuracy, len(rows), targets, accuracy,
+        headline,
+        value,
+        loss,
+        perplexity,
+        token_accuracy,
+        len(rows),
+        targets,
+        accuracy,
         percent([a.answer in labels for a in answers]) if answers else None,
         percent([a.ended for a in answers]) if answers else None,
-        percent(preferred) if answers and forced[0].preferred is not None else None)
+        percent(preferred) if answers and forced[0].preferred is not None else None,
+    )

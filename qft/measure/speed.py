@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from qft.errors import InputError, StageError
 from qft.measure.machine import memory_bandwidth, peak_memory
 
@@ -51,19 +53,29 @@ class Speed:
     decode_share_of_bandwidth: float
 
 
-def measure_in_fresh_process(bundle: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int,
-                             provider: str) -> Speed:
+def measure_in_fresh_process(
+    bundle: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int, provider: str
+) -> Speed:
     """Load and run a bundle where nothing else is in memory. Raises InputError (provider missing) or StageError (the worker failed)."""
-    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "trials": trials, "threads": threads,
-                "provider": provider}
-    worker = subprocess.run([sys.executable, "-m", "qft.measure.speed", str(bundle), json.dumps(settings)],
-                            capture_output=True, text=True, check=False)
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "trials": trials,
+        "threads": threads,
+        "provider": provider,
+    }
+    worker = subprocess.run(
+        [sys.executable, "-m", "qft.measure.speed", str(bundle), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if worker.returncode == InputError.exit_code:
         raise InputError(worker.stderr.strip())
     if worker.returncode:
         raise StageError(f"the measuring process failed: {worker.stderr.strip().splitlines()[-1:]}")
     found = json.loads(worker.stdout.splitlines()[-1])
-    return Speed(**{key: Spread(**value) if isinstance(value, dict) else value for key, value in found.items()})
+    return TypeAdapter(Speed).validate_python(found)
 
 
 def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int, provider: str) -> Speed:
@@ -93,9 +105,21 @@ def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, 
     weights = sum(p.stat().st_size for p in bundle.model_path.parent.glob(bundle.model_path.name + "*"))
     bandwidth = memory_bandwidth(threads=runner.threads)
     speeds = Spread.of([1 / s for s in decode])
-    return Speed(provider, runner.threads, prompt_tokens, new_tokens, trials, load, Spread.of(prefill),
-                 Spread.of([prompt_tokens / s for s in prefill]), speeds, peak.bytes, weights, bandwidth,
-                 speeds.median * weights / bandwidth)
+    return Speed(
+        provider,
+        runner.threads,
+        prompt_tokens,
+        new_tokens,
+        trials,
+        load,
+        Spread.of(prefill),
+        Spread.of([prompt_tokens / s for s in prefill]),
+        speeds,
+        peak.bytes,
+        weights,
+        bandwidth,
+        speeds.median * weights / bandwidth,
+    )
 
 
 if __name__ == "__main__":

@@ -57,8 +57,12 @@ def quantize_nearest(weight: Tensor, *, bits: int, block: int) -> Quantized:
             best = (codes.to(torch.uint8), scales, zeros, error)
         else:
             better = error < best[3]
-            best = (torch.where(better[..., None], codes.to(torch.uint8), best[0]), torch.where(better, scales, best[1]),
-                    torch.where(better, zeros, best[2]), torch.where(better, error, best[3]))
+            best = (
+                torch.where(better[..., None], codes.to(torch.uint8), best[0]),
+                torch.where(better, scales, best[1]),
+                torch.where(better, zeros, best[2]),
+                torch.where(better, error, best[3]),
+            )
     assert best is not None
     return Quantized(best[0], best[1], best[2].to(torch.uint8), weight.shape[1], bits)
 
@@ -94,5 +98,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def stored_bytes(matrix: Quantized) -> int:
     """Bytes the packed codes, scales and zero points take in a file."""
-    return sum(t.numel() * t.element_size() for t in (
-        pack(matrix.codes, matrix.bits), matrix.scales, pack(matrix.zero_points, matrix.bits)))
+    return sum(
+        t.numel() * t.element_size()
+        for t in (pack(matrix.codes, matrix.bits), matrix.scales, pack(matrix.zero_points, matrix.bits))
+    )

@@ -40,8 +40,13 @@ def run(job: Job) -> Facts:
     names = [*job.recipe.export.targets, "float"]
     for number, name in enumerate(names):
         job.on_progress(Progress(f"bench {name}", number, len(names), "bundles"))
-        speeds[name] = measure_in_fresh_process(job.run.bundle(name), prompt_tokens=keys.prompt_tokens,
-                                                new_tokens=keys.new_tokens, trials=keys.trials, threads=keys.threads,
-                                                provider=keys.provider)
+        speeds[name] = measure_in_fresh_process(
+            job.run.bundle(name),
+            prompt_tokens=keys.prompt_tokens,
+            new_tokens=keys.new_tokens,
+            trials=keys.trials,
+            threads=keys.threads,
+            provider=keys.provider,
+        )
         update(job.run.bundle(name), speed=asdict(speeds[name]))
     return Facts(machine(), speeds)

@@ -47,8 +47,12 @@ def run(job: Job) -> Facts:
 
     with folder_aside(job.run.bundle(TARGET)) as aside:
         (aside / "onnx").mkdir()
-        export_float(job.run.merged, aside / "onnx/model.onnx", export_task=find_task(job.recipe.task).export_task,
-                     on_progress=job.on_progress)
+        export_float(
+            job.run.merged,
+            aside / "onnx/model.onnx",
+            export_task=find_task(job.recipe.task).export_task,
+            on_progress=job.on_progress,
+        )
         describe(job, aside, target=TARGET, model="onnx/model.onnx")
         quality = measure_bundle(job, "export", aside)
     return Facts(quality, size_bytes(job.run.bundle(TARGET)))
@@ -62,13 +66,29 @@ def describe(job: Job, folder: Path, *, target: str, model: str) -> None:
     runner = OnnxRunner(folder / model, pad_id=tokenizer.pad_id)
     inputs = [i.name for i in runner.session.get_inputs()]
     write_runtime_configs(job.run.merged, folder, Decoder(model, inputs, tokenizer.stop_ids, tokenizer.pad_id))
-    update(folder, format=1, name=recipe.name, target=target, task=recipe.task, ort_class=find_task(recipe.task).ort_class,
-           model=model, labels=facts.labels, prompt=recipe.data.prompt, prompt_column=facts.prompt_column,
-           system=recipe.data.system, inputs=inputs, outputs=[o.name for o in runner.session.get_outputs()],
-           licence=facts.model.licence,
-           lineage={"base_model": asdict(facts.model), "data": [asdict(s) for s in facts.data],
-                    "recipe_sha256": sha256_file(job.run.recipe), "adapter_steps": job.facts(tune.Facts).steps,
-                    "versions": versions()})
+    update(
+        folder,
+        format=1,
+        name=recipe.name,
+        target=target,
+        task=recipe.task,
+        ort_class=find_task(recipe.task).ort_class,
+        model=model,
+        labels=facts.labels,
+        prompt=recipe.data.prompt,
+        prompt_column=facts.prompt_column,
+        system=recipe.data.system,
+        inputs=inputs,
+        outputs=[o.name for o in runner.session.get_outputs()],
+        licence=facts.model.licence,
+        lineage={
+            "base_model": asdict(facts.model),
+            "data": [asdict(s) for s in facts.data],
+            "recipe_sha256": sha256_file(job.run.recipe),
+            "adapter_steps": job.facts(tune.Facts).steps,
+            "versions": versions(),
+        },
+    )
 
 
 def measure_bundle(job: Job, stage: str, folder: Path) -> Quality:

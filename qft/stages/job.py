@@ -48,8 +48,15 @@ class Job:
     def measure(self, stage: str, runner: Runner, tokenizer: TextTokenizer) -> Quality:
         """Quality on the held-out rows; the answers are kept for the report."""
         keys = self.recipe.evaluation
-        quality, answers = measure(runner, self.rows("eval"), tokenizer, metric=keys.metric, batch_size=keys.batch_size,
-                                   extra_tokens=keys.extra_tokens, on_progress=self.on_progress)
+        quality, answers = measure(
+            runner,
+            self.rows("eval"),
+            tokenizer,
+            metric=keys.metric,
+            batch_size=keys.batch_size,
+            extra_tokens=keys.extra_tokens,
+            on_progress=self.on_progress,
+        )
         self._keep_answers(stage, answers)
         return quality
 

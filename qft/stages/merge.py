@@ -50,12 +50,19 @@ def run(job: Job) -> Facts:
     recipe, folder = job.recipe, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
     validation = job.rows("validation")
-    ways: list[Way] = ["16-bit base"] if recipe.quantization.base == "none" else ["dequantized 4-bit base", "16-bit base"]
+    ways: list[Way] = (
+        ["16-bit base"] if recipe.quantization.base == "none" else ["dequantized 4-bit base", "16-bit base"]
+    )
     losses: dict[str, float] = {}
     best: Any = None
     for way in ways:
-        model = merge(folder, job.run.adapter, quant=recipe.quantization.base, double_quant=recipe.quantization.double_quant,
-                      onto_rounded=way == "dequantized 4-bit base")
+        model = merge(
+            folder,
+            job.run.adapter,
+            quant=recipe.quantization.base,
+            double_quant=recipe.quantization.double_quant,
+            onto_rounded=way == "dequantized 4-bit base",
+        )
         losses[way] = validation_loss(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size)
         if best is None or losses[way] < min(loss for other, loss in losses.items() if other != way):
             best, chosen = model, way

@@ -51,8 +51,13 @@ class Facts:
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result: the keys, and the content of files that are not pinned by a version."""
     files = [recipe.model, *_train_uris(recipe), *([recipe.data.eval] if isinstance(recipe.data.eval, str) else [])]
-    return {"task": recipe.task, "model": recipe.model, "data": recipe.data.model_dump(),
-            "max_length": recipe.training.max_length, "files": [local_stamp(uri, relative_to) for uri in files]}
+    return {
+        "task": recipe.task,
+        "model": recipe.model,
+        "data": recipe.data.model_dump(),
+        "max_length": recipe.training.max_length,
+        "files": [local_stamp(uri, relative_to) for uri in files],
+    }
 
 
 def outputs(job: Job) -> list[Path]:
@@ -75,13 +80,16 @@ def run(job: Job) -> Facts:
     encoded: dict[str, list[Encoded]] = {}
     tallies: dict[str, EncodeCounts] = {}
     for part, rows in parts.items():
-        encoded[part], tallies[part] = encode_all(rows, tokenizer, max_length=recipe.training.max_length,
-                                                  on_progress=job.on_progress)
+        encoded[part], tallies[part] = encode_all(
+            rows, tokenizer, max_length=recipe.training.max_length, on_progress=job.on_progress
+        )
     check_loss_mask(encoded["train"], answers_only=kept[0].text is None)
     _write(job.run.data, encoded)
     report = _report(counts, duplicates, conflicts, leaked, tallies, encoded)
     described = [*sources, *([eval_source] if eval_source else [])]
-    return Facts(base, _fact(model), [_fact(s) for s in described], report, sorted(counts.labels), _prompt_column(recipe))
+    return Facts(
+        base, _fact(model), [_fact(s) for s in described], report, sorted(counts.labels), _prompt_column(recipe)
+    )
 
 
 def _train_uris(recipe: Recipe) -> list[str]:
@@ -96,7 +104,9 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Counts]:
     keys = job.recipe.data
     rows = [row for source in sources for row in read_rows(source.path, columns=keys.columns)]
-    return to_examples(rows, Shape(keys.format, keys.text_column, keys.label_column, keys.bins, keys.prompt, keys.system))
+    return to_examples(
+        rows, Shape(keys.format, keys.text_column, keys.label_column, keys.bins, keys.prompt, keys.system)
+    )
 
 
 def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], int, Source | None]:
@@ -120,19 +130,39 @@ def _write(folder: Path, encoded: dict[str, list[Encoded]]) -> None:
             write_text(aside / f"{part}.jsonl", "".join(json.dumps(row.as_dict()) + "\n" for row in rows))
 
 
-def _report(counts: Counts, duplicates: int, conflicts: int, leaked: int, tallies: dict[str, EncodeCounts],
-            encoded: dict[str, list[Encoded]]) -> DataReport:
+def _report(
+    counts: Counts,
+    duplicates: int,
+    conflicts: int,
+    leaked: int,
+    tallies: dict[str, EncodeCounts],
+    encoded: dict[str, list[Encoded]],
+) -> DataReport:
     median, most, longest = length_percentiles(encoded["train"])
 
     def total(key: str) -> int:
         return sum(asdict(tally)[key] for tally in tallies.values())
 
     return DataReport(
-        rows_read=counts.rows, empty=counts.empty, in_no_bin=counts.in_no_bin, duplicates=duplicates, conflicts=conflicts,
-        leaked=leaked, cut=total("cut"), nothing_in_loss=total("nothing_in_loss"), unknown_tokens=total("unknown_tokens"),
-        train_rows=len(encoded["train"]), validation_rows=len(encoded["validation"]), eval_rows=len(encoded["eval"]),
-        train_tokens=tallies["train"].tokens, train_target_tokens=tallies["train"].target_tokens,
-        length_median=median, length_95_percent=most, length_longest=longest, labels=counts.labels)
+        rows_read=counts.rows,
+        empty=counts.empty,
+        in_no_bin=counts.in_no_bin,
+        duplicates=duplicates,
+        conflicts=conflicts,
+        leaked=leaked,
+        cut=total("cut"),
+        nothing_in_loss=total("nothing_in_loss"),
+        unknown_tokens=total("unknown_tokens"),
+        train_rows=len(encoded["train"]),
+        validation_rows=len(encoded["validation"]),
+        eval_rows=len(encoded["eval"]),
+        train_tokens=tallies["train"].tokens,
+        train_target_tokens=tallies["train"].target_tokens,
+        length_median=median,
+        length_95_percent=most,
+        length_longest=longest,
+        labels=counts.labels,
+    )
 
 
 def _prompt_column(recipe: Recipe) -> str | None:

@@ -41,8 +41,10 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result: the profiles' content, not only their names."""
-    return {"targets": [find_target(name).model_dump() for name in recipe.export.targets],
-            "evaluation": recipe.evaluation.model_dump()}
+    return {
+        "targets": [find_target(name).model_dump() for name in recipe.export.targets],
+        "evaluation": recipe.evaluation.model_dump(),
+    }
 
 
 def outputs(job: Job) -> list[Path]:
@@ -59,16 +61,22 @@ def run(job: Job) -> Facts:
 def _ship(job: Job, target: Target) -> TargetFacts:
     from qft.graph.matmulnbits import GridPlan, quantize_graph
 
-    plan = GridPlan(bits=target.bits, head_bits=target.head_bits, block=target.block, accuracy_level=target.accuracy_level)
+    plan = GridPlan(
+        bits=target.bits, head_bits=target.head_bits, block=target.block, accuracy_level=target.accuracy_level
+    )
     with folder_aside(job.run.bundle(target.name)) as aside:
         (aside / "onnx").mkdir()
-        tensors = quantize_graph(job.run.bundle(export.TARGET) / "onnx/model.onnx", aside / target.model, plan, job.on_progress)
+        tensors = quantize_graph(
+            job.run.bundle(export.TARGET) / "onnx/model.onnx", aside / target.model, plan, job.on_progress
+        )
         export.describe(job, aside, target=target.name, model=target.model)
         update(aside, quantization=[asdict(tensor) for tensor in tensors])
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         _add_golden_cases(job, aside)
     weights = sum(t.rows * t.cols for t in tensors)
-    return TargetFacts(quality, size_bytes(job.run.bundle(target.name)), weights, 8 * sum(t.bytes for t in tensors) / weights)
+    return TargetFacts(
+        quality, size_bytes(job.run.bundle(target.name)), weights, 8 * sum(t.bytes for t in tensors) / weights
+    )
 
 
 def _add_golden_cases(job: Job, folder: Path) -> None:
@@ -76,6 +84,11 @@ def _add_golden_cases(job: Job, folder: Path) -> None:
     bundle, rows = Bundle.load(folder), job.rows("eval")
     # Plain text has no prompt: its first half asks for the second.
     prompts = [row.prompt if len(row.prompt) > 1 else row.input_ids[: max(2, len(row.input_ids) // 2)] for row in rows]
-    cases = make_cases(bundle.runner(), prompts[:_GOLDEN_CASES], bundle.tokenizer.decode, max_new_tokens=_GOLDEN_TOKENS,
-                       stop_ids=bundle.tokenizer.stop_ids)
+    cases = make_cases(
+        bundle.runner(),
+        prompts[:_GOLDEN_CASES],
+        bundle.tokenizer.decode,
+        max_new_tokens=_GOLDEN_TOKENS,
+        stop_ids=bundle.tokenizer.stop_ids,
+    )
     update(folder, golden=as_json(cases))

@@ -1,18 +1,136 @@
-"""report.html."""
+"""Everything that was found out, in one self-contained page; also what the screen and --json show."""
+
 from __future__ import annotations
+
+import json
 from dataclasses import dataclass
-from typing import Any
-NEEDS = ("baseline", "tune", "merge", "export", "quantize", "verify", "bench")
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from qft.data.tokenizer import TextTokenizer
+from qft.files import write_text
+from qft.measure.machine import Machine
+from qft.recipe import Recipe
+from qft.report.summary import Examples, Summary, TargetSize, Training, WaterfallStep
+from qft.stages import baseline, bench, export, merge, prepare, quantize, tune, verify
+from qft.stages.job import Job
+
+# A report on half a run is still a report: it stands on what there is.
+NEEDS: tuple[str, ...] = ()
+
+_SHOWN_EXAMPLES = 6
+_Facts = TypeVar("_Facts")
+
 
 @dataclass(frozen=True)
 class Facts:
+    """Where the page lies."""
+
     path: str
 
-def settings(recipe: Any, relative_to: Any) -> dict[str, Any]:
+
+def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
+    """Nothing: the page is made anew each time."""
     return {}
 
-def outputs(job: Any) -> list:
+
+def outputs(job: Job) -> list[Path]:
+    """The page."""
     return [job.run.report]
 
-def run(job: Any) -> Facts:
+
+def run(job: Job) -> Facts:
+    """Write report.html."""
+    from qft.report.page import render
+
+    write_text(job.run.report, render(summarize(job)))
     return Facts(str(job.run.report))
+
+
+def summarize(job: Job) -> Summary:
+    """Gather what the stages found out; a stage that has not run leaves its part empty."""
+    content = job.run.load()
+    stages = {name: job.run.record(name) for name in content["stages"]}
+    prepared, tuned, merged = _maybe(job, prepare.Facts), _maybe(job, tune.Facts), _maybe(job, merge.Facts)
+    exported, shipped = _maybe(job, export.Facts), _maybe(job, quantize.Facts)
+    verified, benched = _maybe(job, verify.Facts), _maybe(job, bench.Facts)
+    target = job.recipe.export.targets[0]
+    sizes = {"float": TargetSize(exported.bundle_bytes, None)} if exported else {}
+    sizes |= {
+        name: TargetSize(t.bundle_bytes, t.bits_per_weight) for name, t in (shipped.targets if shipped else {}).items()
+    }
+    verify_record = stages.get("verify")
+    return Summary(
+        name=job.recipe.name,
+        recipe_text=job.run.recipe.read_text("utf-8"),
+        run_folder=str(job.run.root),
+        overrides=content.get("overrides", []),
+        headline_target=target,
+        waterfall=_waterfall(job),
+        stage_seconds={name: r.seconds for name, r in stages.items() if r and name != "report"},
+        stage_memory_bytes={name: r.peak_memory_bytes for name, r in stages.items() if r and name != "report"},
+        sources=[vars(s) for s in [prepared.model, *prepared.data]] if prepared else [],
+        data=prepared.report if prepared else None,
+        training=_training(job, tuned) if tuned else None,
+        merge_way=merged.way if merged else None,
+        merge_losses=merged.validation_losses if merged else {},
+        sizes=sizes,
+        speeds=benched.targets if benched else {},
+        float_parity=verified.float_parity if verified else None,
+        parities=verified.targets if verified else {},
+        worse=verified.worse if verified else {},
+        budget=job.recipe.export.budget.max_worse,
+        problems=verify_record.problems if verify_record else [],
+        machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
+        versions=content.get("versions", {}),
+        examples=_examples(job, target) if shipped else Examples(),
+    )
+
+
+def _maybe(job: Job, kind: type[_Facts]) -> _Facts | None:
+    return job.facts(kind) if job.run.record(kind.__module__.rpartition(".")[2]) else None
+
+
+def _waterfall(job: Job) -> list[WaterfallStep]:
+    steps = []
+    for name, kind in (
+        ("base", baseline.Facts),
+        ("tuned", tune.Facts),
+        ("merged", merge.Facts),
+        ("exported", export.Facts),
+    ):
+        if (facts := _maybe(job, kind)) is not None:
+            steps.append(WaterfallStep(name, facts.quality))  # type: ignore[attr-defined]
+    if (shipped := _maybe(job, quantize.Facts)) is not None:
+        steps += [WaterfallStep("shipped", facts.quality, name) for name, facts in shipped.targets.items()]
+    return steps
+
+
+def _training(job: Job, facts: tune.Facts) -> Training:
+    lines = [json.loads(line) for line in job.run.metrics.read_text("utf-8").splitlines()]
+    curve = [(line["step"], line["loss"], line.get("validation_loss")) for line in lines]
+    return Training(
+        facts.steps,
+        facts.tokens,
+        facts.seconds,
+        facts.tokens_per_second,
+        facts.best_step,
+        facts.trainable_parameters,
+        curve,
+    )
+
+
+def _examples(job: Job, target: str) -> Examples:
+    answers, tuned = job.answers(f"quantize-{target}"), job.answers("tune")
+    if not answers or not (job.run.data / "eval.jsonl").exists():
+        return Examples()
+    tokenizer = TextTokenizer.load(job.run.bundle(target))
+    triples = [
+        (answer, tokenizer.decode(row.prompt, skip_special_tokens=True), before.answer)
+        for answer, row, before in zip(answers, job.rows("eval"), tuned, strict=True)
+    ]
+    return Examples(
+        [t for t in triples if t[0].right][:_SHOWN_EXAMPLES], [t for t in triples if not t[0].right][:_SHOWN_EXAMPLES]
+    )

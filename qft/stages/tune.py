@@ -34,8 +34,12 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
-    return {"quantization": recipe.quantization.model_dump(), "lora": recipe.lora.model_dump(),
-            "training": recipe.training.model_dump(), "evaluation": recipe.evaluation.model_dump()}
+    return {
+        "quantization": recipe.quantization.model_dump(),
+        "lora": recipe.lora.model_dump(),
+        "training": recipe.training.model_dump(),
+        "evaluation": recipe.evaluation.model_dump(),
+    }
 
 
 def outputs(job: Job) -> list[Path]:
@@ -53,28 +57,57 @@ def run(job: Job, fingerprint: str) -> Facts:
 
     recipe, folder = job.recipe, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    base = load(folder, base=recipe.quantization.base, double_quant=recipe.quantization.double_quant,
-                compute_dtype=recipe.quantization.compute_dtype)
+    base = load(
+        folder,
+        base=recipe.quantization.base,
+        double_quant=recipe.quantization.double_quant,
+        compute_dtype=recipe.quantization.compute_dtype,
+    )
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = attach(base, r=recipe.lora.r, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout,
-                   target_modules=recipe.lora.target_modules, seed=recipe.training.seed)
-    result = train(model, job.rows("train"), job.rows("validation"), _schedule(recipe), pad_id=tokenizer.pad_id,
-                   folder=job.run.checkpoints, metrics=job.run.metrics, plan=fingerprint, on_progress=job.on_progress)
+    model = attach(
+        base,
+        r=recipe.lora.r,
+        alpha=recipe.lora.alpha,
+        dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.target_modules,
+        seed=recipe.training.seed,
+    )
+    result = train(
+        model,
+        job.rows("train"),
+        job.rows("validation"),
+        _schedule(recipe),
+        pad_id=tokenizer.pad_id,
+        folder=job.run.checkpoints,
+        metrics=job.run.metrics,
+        plan=fingerprint,
+        on_progress=job.on_progress,
+    )
     model.peft_config["default"].base_model_name_or_path = recipe.model  # not this machine's cache
     with folder_aside(job.run.adapter) as aside:
         model.save_pretrained(str(aside))
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     quality = job.measure("tune", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer)
     shutil.rmtree(job.run.checkpoints, ignore_errors=True)
-    return Facts(quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values()))
+    return Facts(
+        quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values())
+    )
 
 
 def _schedule(recipe: Recipe) -> Any:
     from qft.training.loop import Schedule
 
     keys = recipe.training
-    return Schedule(epochs=keys.epochs, learning_rate=keys.learning_rate, warmup_ratio=keys.warmup_ratio,
-                    batch_size=keys.batch_size, gradient_accumulation_steps=keys.gradient_accumulation_steps,
-                    weight_decay=keys.weight_decay, max_grad_norm=keys.max_grad_norm, evaluations=keys.evaluations,
-                    checkpoint_minutes=keys.checkpoint_minutes, seed=keys.seed)
+    return Schedule(
+        epochs=keys.epochs,
+        learning_rate=keys.learning_rate,
+        warmup_ratio=keys.warmup_ratio,
+        batch_size=keys.batch_size,
+        gradient_accumulation_steps=keys.gradient_accumulation_steps,
+        weight_decay=keys.weight_decay,
+        max_grad_norm=keys.max_grad_norm,
+        evaluations=keys.evaluations,
+        checkpoint_minutes=keys.checkpoint_minutes,
+        seed=keys.seed,
+    )

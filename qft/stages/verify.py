@@ -54,8 +54,11 @@ def run(job: Job) -> Facts:
     for name in job.recipe.export.targets:
         parities[name] = compare(float_runner, _runner(job, name), rows, on_progress=job.on_progress)
         worse[name] = how_much_worse(tuned, shipped[name].quality, job.recipe.export.budget.max_worse)
-        update(job.run.bundle(name), parity={"float": asdict(float_parity), "quantized": asdict(parities[name])},
-               worse_than_tuned={"budget": job.recipe.export.budget.max_worse, "measured": worse[name]})
+        update(
+            job.run.bundle(name),
+            parity={"float": asdict(float_parity), "quantized": asdict(parities[name])},
+            worse_than_tuned={"budget": job.recipe.export.budget.max_worse, "measured": worse[name]},
+        )
     return Facts(float_parity, parities, worse)
 
 
@@ -63,18 +66,43 @@ def judge(facts: Facts, recipe: Recipe) -> list[Problem]:
     """What is beyond the recipe's limits."""
     keys, budget = recipe.verify, recipe.export.budget.max_worse
     found = [
-        _at_least("torch and float ONNX choose the same token at", facts.float_parity.top1, keys.float_top1, "verify.float_top1"),
-        _at_most("the largest logit difference of torch and float ONNX is", facts.float_parity.max_logit_difference,
-                 keys.float_max_logit_difference, "verify.float_max_logit_difference")]
+        _at_least(
+            "torch and float ONNX choose the same token at",
+            facts.float_parity.top1,
+            keys.float_top1,
+            "verify.float_top1",
+        ),
+        _at_most(
+            "the largest logit difference of torch and float ONNX is",
+            facts.float_parity.max_logit_difference,
+            keys.float_max_logit_difference,
+            "verify.float_max_logit_difference",
+        ),
+    ]
     for name, parity in facts.targets.items():
-        found += [_at_least(f"{name} and float ONNX choose the same token at", parity.top1, keys.quantized_top1,
-                            "verify.quantized_top1"),
-                  _at_most(f"the mean KL divergence of {name} from float ONNX is", parity.mean_kl, keys.quantized_kl,
-                           "verify.quantized_kl")]
+        found += [
+            _at_least(
+                f"{name} and float ONNX choose the same token at",
+                parity.top1,
+                keys.quantized_top1,
+                "verify.quantized_top1",
+            ),
+            _at_most(
+                f"the mean KL divergence of {name} from float ONNX is",
+                parity.mean_kl,
+                keys.quantized_kl,
+                "verify.quantized_kl",
+            ),
+        ]
         limit, unit = budget_of(budget)
         if facts.worse[name] > limit:
-            found.append(Problem(f"{name} is {facts.worse[name]:.2f} {unit} worse than the tuned model; {budget} were promised",
-                                 "export.budget.max_worse", "ship more bits (export.targets: [cpu-int8]), or raise the budget"))
+            found.append(
+                Problem(
+                    f"{name} is {facts.worse[name]:.2f} {unit} worse than the tuned model; {budget} were promised",
+                    "export.budget.max_worse",
+                    "ship more bits (export.targets: [cpu-int8]), or raise the budget",
+                )
+            )
     return [problem for problem in found if problem is not None]
 
 
@@ -95,7 +123,9 @@ def _runner(job: Job, target: str) -> Any:
 
 
 def _at_least(what: str, value: float, limit: float, key: str) -> Problem | None:
-    return None if value >= limit else Problem(f"{what} {value:.2%} of positions, at least {limit:.2%} was asked for", key)
+    return (
+        None if value >= limit else Problem(f"{what} {value:.2%} of positions, at least {limit:.2%} was asked for", key)
+    )
 
 
 def _at_most(what: str, value: float, limit: float, key: str) -> Problem | None:

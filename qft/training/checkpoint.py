@@ -26,7 +26,9 @@ class Position:
     best_step: int
 
 
-def save_checkpoint(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, position: Position, plan: str) -> None:
+def save_checkpoint(
+    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, position: Position, plan: str
+) -> None:
     """Write the whole state; `plan` is a hash of what must be equal for the run to go on."""
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in parameters.items():
@@ -36,7 +38,9 @@ def save_checkpoint(path: Path, parameters: dict[str, torch.nn.Parameter], optim
     write_bytes(path, save(tensors, {"position": json.dumps(asdict(position)), "plan": plan}))
 
 
-def load_checkpoint(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, plan: str) -> Position | None:
+def load_checkpoint(
+    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: Any, plan: str
+) -> Position | None:
     """Put a saved state back; None if there is none, or if it is of another plan or damaged."""
     if not path.exists():
         return None
@@ -50,7 +54,9 @@ def load_checkpoint(path: Path, parameters: dict[str, torch.nn.Parameter], optim
         return None
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
-        state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors}
+        state = {
+            key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors
+        }
         if state:
             optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
     torch.set_rng_state(tensors["rng"])

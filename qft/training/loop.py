@@ -91,9 +91,13 @@ def answer_loss(model: Any, rows: Sequence[Encoded], pad_id: int) -> Tensor:
     keep = max(len(r.input_ids) - r.first_target for r in rows) + 1
     keep = min(keep, ids.shape[1])
     flags = torch.tensor([([False] * ids.shape[1] + list(r.in_loss))[-keep:] for r in rows], device=ids.device)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False).logits
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+    ).logits
     targets = flags[:, 1:]
-    return torch.nn.functional.cross_entropy(logits[:, :-1][targets].float(), ids[:, -keep:][:, 1:][targets], reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1][targets].float(), ids[:, -keep:][:, 1:][targets], reduction="sum"
+    )
 
 
 @torch.no_grad()
@@ -106,8 +110,18 @@ def validation_loss(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size
     return total / sum(sum(r.in_loss) for r in rows)
 
 
-def train(model: Any, rows: Sequence[Encoded], validation: Sequence[Encoded], schedule: Schedule, *, pad_id: int, folder: Path,
-          metrics: Path, plan: str, on_progress: OnProgress = silent) -> TrainResult:
+def train(
+    model: Any,
+    rows: Sequence[Encoded],
+    validation: Sequence[Encoded],
+    schedule: Schedule,
+    *,
+    pad_id: int,
+    folder: Path,
+    metrics: Path,
+    plan: str,
+    on_progress: OnProgress = silent,
+) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
     folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
@@ -120,8 +134,12 @@ def train(model: Any, rows: Sequence[Encoded], validation: Sequence[Encoded], sc
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     micro = schedule.batch_size
-    batches = plan_batches([len(r.input_ids) for r in rows], rows_per_step=micro * schedule.gradient_accumulation_steps,
-                           epochs=schedule.epochs, seed=schedule.seed)
+    batches = plan_batches(
+        [len(r.input_ids) for r in rows],
+        rows_per_step=micro * schedule.gradient_accumulation_steps,
+        epochs=schedule.epochs,
+        seed=schedule.seed,
+    )
     plan = sha256_json([plan, asdict(schedule)])
     last, best = folder / "last.safetensors", folder / "best.safetensors"
     torch.manual_seed(schedule.seed)
@@ -143,8 +161,14 @@ def train(model: Any, rows: Sequence[Encoded], validation: Sequence[Encoded], sc
             tokens = sum(len(r.input_ids) for r in chosen)
             seconds = time.monotonic() - began
             at = Position(step + 1, at.tokens + tokens, at.seconds + seconds, at.best_loss, at.best_step)
-            line: dict[str, float] = {"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": norm,
-                                      "tokens": tokens, "seconds": round(seconds, 4)}
+            line: dict[str, float] = {
+                "step": step + 1,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": tokens,
+                "seconds": round(seconds, 4),
+            }
             watch.look(step + 1, loss, norm, rate)
             if step + 1 in evaluate_at or step + 1 == len(batches):
                 held_out = validation_loss(model, validation, pad_id, micro)
@@ -153,22 +177,36 @@ def train(model: Any, rows: Sequence[Encoded], validation: Sequence[Encoded], sc
                     save_parameters(best, parameters)
                     at = Position(at.step, at.tokens, at.seconds, held_out, at.step)
             log.add(line)
-            on_progress(Progress("train", step + 1, len(batches), "steps",
-                                 f"loss {loss:.3f}  {at.tokens / at.seconds:.0f} tokens/s"))
+            on_progress(
+                Progress(
+                    "train", step + 1, len(batches), "steps", f"loss {loss:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
+                )
+            )
             if stopped.is_set() or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
                 save_checkpoint(last, parameters, optimizer, at, plan)
                 saved = time.monotonic()
             if stopped.is_set():
-                raise Interrupted(f"stopped at step {at.step} of {len(batches)}; the checkpoint is written",
-                                  hint="the same command goes on from there")
+                raise Interrupted(
+                    f"stopped at step {at.step} of {len(batches)}; the checkpoint is written",
+                    hint="the same command goes on from there",
+                )
     save_checkpoint(last, parameters, optimizer, at, plan)
     load_parameters(best, parameters)
-    return TrainResult(len(batches), at.tokens, at.seconds, at.tokens / max(at.seconds, 1e-9), at.best_step, at.best_loss,
-                       log.last_loss if math.isnan(loss) else loss, resumed)
+    return TrainResult(
+        len(batches),
+        at.tokens,
+        at.seconds,
+        at.tokens / max(at.seconds, 1e-9),
+        at.best_step,
+        at.best_loss,
+        log.last_loss if math.isnan(loss) else loss,
+        resumed,
+    )
 
 
-def _step(model: Any, rows: list[Encoded], micro: int, optimizer: Any, accelerator: Any, clip: float,
-          pad_id: int) -> tuple[float, float]:
+def _step(
+    model: Any, rows: list[Encoded], micro: int, optimizer: Any, accelerator: Any, clip: float, pad_id: int
+) -> tuple[float, float]:
     """One optimizer step. The loss is a mean over all target tokens of the step, however it is cut into micro-batches."""
     targets = sum(sum(r.in_loss) for r in rows)
     total = 0.0
@@ -191,13 +229,17 @@ class _Watch:
 
     def look(self, step: int, loss: float, norm: float, rate: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StageError(f"the loss is {loss} and the gradient norm {norm} at step {step}",
-                             hint=f"the learning rate ({rate:g}) is likely too high, or a row holds only unknown tokens")
+            raise StageError(
+                f"the loss is {loss} and the gradient norm {norm} at step {step}",
+                hint=f"the learning rate ({rate:g}) is likely too high, or a row holds only unknown tokens",
+            )
         self.smooth = loss if math.isnan(self.smooth) else 0.8 * self.smooth + 0.2 * loss
         self.least = min(self.least, self.smooth)
         if self.smooth > 3 * self.least + 3:
-            raise StageError(f"the loss explodes: {self.smooth:.2f} at step {step}, it was {self.least:.2f}",
-                             hint=f"lower training.learning_rate ({rate:g} now) or raise training.warmup_ratio")
+            raise StageError(
+                f"the loss explodes: {self.smooth:.2f} at step {step}, it was {self.least:.2f}",
+                hint=f"lower training.learning_rate ({rate:g} now) or raise training.warmup_ratio",
+            )
 
 
 class _MetricsLog:

@@ -18,13 +18,22 @@ def attach(model: Any, *, r: int, alpha: float, dropout: float, target_modules: 
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides: a float is as good
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+    )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
-        raise InputError(f"no layer of the model is called {target_modules}: {str(error).splitlines()[0]}",
-                         where="lora.target_modules", hint=f"its linear layers are {', '.join(names)}; or write all-linear") from None
+        raise InputError(
+            f"no layer of the model is called {target_modules}: {str(error).splitlines()[0]}",
+            where="lora.target_modules",
+            hint=f"its linear layers are {', '.join(names)}; or write all-linear",
+        ) from None
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:

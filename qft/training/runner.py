@@ -32,19 +32,24 @@ class TorchRunner:
         was_training = self.model.training
         self.model.eval()
         try:
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False)
+            out = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+            )
         finally:
             self.model.train(was_training)
         return out.logits.float().cpu().numpy()
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
         """Greedy continuations; each ends with its stop token if one came."""
         from transformers import GenerationConfig
 
         ids, mask, _ = (t.to(self.model.device) for t in left_pad(prompts, self.pad_id))
-        greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids),
-                                  pad_token_id=self.pad_id)
+        greedy = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=self.pad_id
+        )
         was_training = self.model.training
         self.model.eval()
         try:

@@ -1,0 +1,129 @@
+"""Before a run: the machine, the keys, the rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from qft import recipe_reference
+from qft.cli.options import on_job, open_job, shared
+from qft.console import Screen, mb, print_json, print_line, print_marked, print_table
+
+_SHOWN_ROWS = 3
+
+
+@click.command("plan")
+@on_job(required=False)
+def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
+    """Prepare the rows and show three of them with the tokens that are in the loss, and the stages a run would do.
+
+    Stops if no token is in the loss, or all of them are.
+    """
+    from qft import pipeline
+    from qft.data.inspect import marked
+    from qft.data.tokenizer import TextTokenizer
+    from qft.stages import prepare
+
+    screen = Screen(quiet=as_json)
+    with screen.shown(), open_job(arguments, runs=runs, required=False, on_progress=screen.on_progress) as job:
+        pipeline.run(job, ["prepare"], on_stage=screen.on_stage)
+        facts, marks = job.facts(prepare.Facts), pipeline.fingerprints(job)
+        tokenizer = TextTokenizer.load(facts.base_folder)
+        rows = [(row.where, marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
+        todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
+    if as_json:
+        print_json(
+            {
+                "data": asdict(facts.report),
+                "sources": [asdict(s) for s in [facts.model, *facts.data]],
+                "stages": todo,
+                "rows": [
+                    {"where": where, "runs": [{"text": text, "in_loss": flag} for text, flag in runs]}
+                    for where, runs in rows
+                ],
+            }
+        )
+        return
+    report = facts.report
+    print_table(
+        "rows",
+        [
+            (
+                "read",
+                f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
+                f"duplicates, {report.conflicts:,} with an answer that contradicts another row, {report.leaked:,} that are held out",
+            ),
+            ("labels", ", ".join(f"{label} {count:,}" for label, count in report.labels.items()) or "none"),
+            (
+                "used",
+                f"{report.train_rows:,} to learn, {report.validation_rows:,} to choose, {report.eval_rows:,} to test",
+            ),
+            (
+                "tokens",
+                f"{report.train_tokens:,} to learn from, {report.train_target_tokens:,} of them in the loss; a row has "
+                f"{report.length_median} (median), {report.length_95_percent} (95 %), {report.length_longest} (longest)",
+            ),
+            (
+                "lost",
+                f"{report.cut:,} rows cut by max_length, {report.nothing_in_loss:,} dropped for it, "
+                f"{report.unknown_tokens:,} unknown tokens",
+            ),
+        ],
+    )
+    print_line("\nThree rows; what is in the loss is marked:\n")
+    print_marked(rows)
+    print_line(f"stages to do: {', '.join(todo)}")
+
+
+@click.command("schema")
+@click.option("--json-schema", is_flag=True, help="JSON Schema, for editors that complete and check YAML.")
+@shared
+def schema_command(json_schema: bool, as_json: bool) -> None:
+    """List every recipe key with its type, default and meaning."""
+    if json_schema or as_json:
+        print_json(recipe_reference.json_schema())
+    else:
+        print_line(recipe_reference.reference_markdown())
+
+
+@click.command("doctor")
+@shared
+def doctor_command(as_json: bool) -> None:
+    """Show the machine, the versions, onnxruntime's providers and where things are kept."""
+    import onnxruntime
+
+    from qft.measure.machine import machine, memory_bandwidth, versions
+    from qft.sources import cache_folder
+
+    here, cache = machine(), cache_folder()
+    bandwidth = memory_bandwidth(threads=here.physical_cores)
+    providers, used = (
+        onnxruntime.get_available_providers(),
+        sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()),
+    )
+    if as_json:
+        print_json(
+            {
+                "machine": asdict(here),
+                "versions": versions(),
+                "providers": providers,
+                "memory_bandwidth_bytes_per_second": bandwidth,
+                "cache": str(cache),
+                "cache_bytes": used,
+            }
+        )
+        return
+    print_table(
+        "machine",
+        [
+            ("processor", f"{here.processor}, {here.physical_cores} cores"),
+            ("memory", mb(here.memory_bytes)),
+            ("bandwidth", f"{mb(bandwidth)}/s, measured"),
+            ("system", f"{here.system}, Python {here.python}"),
+            ("onnxruntime", ", ".join(providers)),
+            ("cache", f"{cache} ({mb(used)})"),
+        ],
+    )
+    print_table("\nversions", list(versions().items()))

@@ -1,0 +1,255 @@
+"""The only place that prints: progress on stderr, results on stdout, or one JSON object there."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from qft.measure.speed import Speed
+from qft.pipeline import StageEvent
+from qft.progress import Progress
+from qft.report.summary import Summary
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+class Screen:
+    """Bars while a stage works, one line when it is done. Without a terminal: only the lines."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=28),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+            disable=quiet or not err.is_terminal,
+        )
+        self.task: Any = None
+        self.began = 0.0
+        self.what = ""
+
+    @contextmanager
+    def shown(self) -> Iterator[Screen]:
+        """Draw while the block runs."""
+        with self.bars:
+            yield self
+
+    def on_progress(self, report: Progress) -> None:
+        """Move the bar; a new `what` starts a new one."""
+        if self.task is None or report.what != self.what:
+            self._clear()
+            self.task = self.bars.add_task(report.what, total=report.total, note="", rate="")
+            self.what, self.began = report.what, time.monotonic()
+        seconds = time.monotonic() - self.began
+        rate = f"{report.done / seconds:.1f} {report.unit}/s" if report.unit and report.done and seconds > 0 else ""
+        self.bars.update(self.task, completed=report.done, total=report.total, note=report.note, rate=rate)
+
+    def on_stage(self, event: StageEvent) -> None:
+        """One line a stage."""
+        self._clear()
+        if self.quiet or event.state == "begin":
+            return
+        mark, style = {"done": ("✓", "green"), "skipped": ("·", "dim"), "failed": ("✗", "red")}[event.state]
+        took = "done before" if event.state == "skipped" else f"{event.seconds:6.1f} s" if event.state == "done" else ""
+        err.print(
+            Text.assemble(
+                (f" {mark} ", style), (f"{event.stage:<9}", "bold"), (f" {took:>11}", "dim"), f"  {headline(event)}"
+            )
+        )
+
+    def _clear(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+
+
+def headline(event: StageEvent) -> str:
+    """The one thing to know about a finished stage."""
+    facts = event.facts or {}
+    if not facts or event.state == "failed":
+        return ""
+    if event.stage == "prepare":
+        data = facts["report"]
+        return (
+            f"{data['train_rows']:,} rows to learn, {data['validation_rows']:,} to choose, {data['eval_rows']:,} to test; "
+            f"{data['train_tokens']:,} tokens"
+        )
+    if event.stage == "quantize":
+        return "  ".join(
+            f"{name}: {_quality(t['quality'])}, {mb(t['bundle_bytes'])}" for name, t in facts["targets"].items()
+        )
+    if event.stage == "verify":
+        return "  ".join(f"{name}: same first choice {p['top1']:.1%}" for name, p in facts["targets"].items())
+    if event.stage == "bench":
+        return "  ".join(
+            f"{name}: {s['decode_tokens_per_second']['median']:.0f} tokens/s" for name, s in facts["targets"].items()
+        )
+    if event.stage == "report":
+        return str(facts["path"])
+    more = {
+        "tune": lambda: f", {facts['tokens_per_second']:.0f} tokens/s",
+        "merge": lambda: f", into the {facts['way']}",
+    }
+    return _quality(facts["quality"]) + more.get(event.stage, lambda: "")()
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    return f"{quality['metric']} {value_text(quality['metric'], quality['value'])}"
+
+
+def value_text(metric: str, value: float) -> str:
+    """A metric's value with its unit."""
+    return f"{value:.2f}" if metric == "perplexity" else f"{value:.1f} %"
+
+
+def mb(count: float) -> str:
+    """Bytes as megabytes (10^6) or gigabytes."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def print_summary(summary: Summary) -> None:
+    """The waterfall, what ships, and where to look."""
+    if summary.waterfall:
+        out.print(_waterfall_table(summary))
+    if summary.speeds:
+        out.print(speed_table(summary.speeds, {name: size.bundle_bytes for name, size in summary.sizes.items()}))
+    peak = max(summary.stage_memory_bytes.values(), default=0)
+    out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}")
+    if summary.headline_target in summary.sizes:
+        out.print(f"bundle   {summary.run_folder}/bundles/{summary.headline_target}", soft_wrap=True)
+    out.print(f"report   {summary.run_folder}/report.html", soft_wrap=True)
+
+
+def _waterfall_table(summary: Summary) -> Table:
+    first = summary.waterfall[0].quality
+    table = Table(
+        title=f"{summary.name}: {first.rows} held-out rows after every stage",
+        title_justify="left",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    labels = first.accuracy_percent is not None
+    names = (
+        ["stage", "exactly right", "one of the labels", "ended by itself", "prefers the right", "loss"]
+        if labels
+        else ["stage", "perplexity", "tokens right", "loss"]
+    )
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for step in summary.waterfall:
+        quality = step.quality
+        name = f"{step.stage} ({step.target})" if step.target else step.stage
+        values = (
+            [quality.accuracy_percent, quality.label_percent, quality.ended_percent, quality.preferred_percent]
+            if labels
+            else []
+        )
+        cells = (
+            [percent(v) for v in values]
+            if labels
+            else [f"{quality.perplexity:.2f}", percent(quality.token_accuracy_percent)]
+        )
+        table.add_row(name, *cells, f"{quality.loss:.3f}", style="bold" if step.stage == "shipped" else "")
+    return table
+
+
+def speed_table(speeds: Any, sizes: Any) -> Table:
+    """As llama-bench prints it: size, threads, prefill (pp) and decode (tg) with their spread."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for number, name in enumerate(
+        [
+            "bundle",
+            "size",
+            "provider",
+            "threads",
+            "load",
+            "first token",
+            "prefill tokens/s",
+            "decode tokens/s",
+            "memory",
+            "of bandwidth",
+        ]
+    ):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for name, speed in speeds.items():
+        table.add_row(
+            name,
+            mb(sizes.get(name, speed.model_bytes)),
+            speed.provider,
+            str(speed.threads),
+            f"{speed.load_seconds:.1f} s",
+            f"{speed.time_to_first_token_seconds.median * 1000:.0f} ms",
+            _spread(speed, "prefill_tokens_per_second"),
+            _spread(speed, "decode_tokens_per_second"),
+            mb(speed.peak_memory_bytes),
+            f"{speed.decode_share_of_bandwidth:.0%}",
+        )
+    return table
+
+
+def _spread(speed: Speed, name: str) -> str:
+    value = getattr(speed, name)
+    return f"{value.median:.0f} ({value.least:.0f}–{value.most:.0f})"
+
+
+def percent(value: float | None) -> str:
+    """A percentage, or a dash where it cannot be told."""
+    return "–" if value is None else f"{value:.1f} %"
+
+
+def print_marked(rows: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None:
+    """Rows with the text in the loss marked."""
+    for where, runs in rows:
+        out.print(Text(where, style="dim"))
+        out.print(
+            Text.assemble(*((text, "bold black on green" if flag else "") for text, flag in runs)), soft_wrap=True
+        )
+        out.print()
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns."""
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def print_line(text: str) -> None:
+    """One line on stdout."""
+    out.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,130 @@
+"""What a run came to, in one value: the screen, --json and report.html all show this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qft.data.inspect import DataReport
+from qft.measure.machine import Machine
+from qft.measure.parity import Parity
+from qft.measure.quality import Quality, RowAnswer
+from qft.measure.speed import Speed
+
+
+@dataclass(frozen=True)
+class WaterfallStep:
+    """Quality after one stage: base, tuned, merged, exported, shipped. target: of a shipped one."""
+
+    stage: str
+    quality: Quality
+    target: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: stage, metric, value, loss and the rest of what was measured."""
+        quality = asdict(self.quality)
+        found = {
+            "stage": self.stage,
+            "metric": quality.pop("metric"),
+            "value": quality.pop("value"),
+            "loss": quality.pop("loss"),
+        }
+        return found | ({"target": self.target} if self.target else {}) | quality
+
+
+@dataclass(frozen=True)
+class Training:
+    """How training went. curve: one (step, loss, validation loss or None) a step."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    best_step: int
+    trainable_parameters: int
+    curve: list[tuple[int, float, float | None]]
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """One bundle: bytes of all its files; bits a quantized weight, scales counted."""
+
+    bundle_bytes: int
+    bits_per_weight: float | None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Held-out rows the shipped model got right and wrong: (row, prompt, what the tuned model said, what it says)."""
+
+    right: list[tuple[RowAnswer, str, str]] = field(default_factory=list)
+    wrong: list[tuple[RowAnswer, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parts are None or empty where their stage has not run."""
+
+    name: str
+    recipe_text: str
+    run_folder: str
+    overrides: list[str]
+    headline_target: str
+    waterfall: list[WaterfallStep]
+    stage_seconds: Mapping[str, float]
+    stage_memory_bytes: Mapping[str, int]
+    sources: list[dict[str, Any]]
+    data: DataReport | None
+    training: Training | None
+    merge_way: str | None
+    merge_losses: Mapping[str, float]
+    sizes: Mapping[str, TargetSize]
+    speeds: Mapping[str, Speed]
+    float_parity: Parity | None
+    parities: Mapping[str, Parity]
+    worse: Mapping[str, float]
+    budget: str
+    problems: list[str]
+    machine: Machine | None
+    versions: Mapping[str, str]
+    examples: Examples
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages together, as they last ran."""
+        return sum(self.stage_seconds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`; `bundle_bytes` and speeds are those of the first target."""
+        speed, size = self.speeds.get(self.headline_target), self.sizes.get(self.headline_target)
+        return {
+            "run": self.run_folder,
+            "bundle": f"{self.run_folder}/bundles/{self.headline_target}" if size else None,
+            "report": f"{self.run_folder}/report.html",
+            "waterfall": [step.as_dict() for step in self.waterfall],
+            "seconds": round(self.seconds, 3),
+            "stage_seconds": dict(self.stage_seconds),
+            "peak_memory_bytes": max(self.stage_memory_bytes.values(), default=0),
+            "stage_peak_memory_bytes": dict(self.stage_memory_bytes),
+            "bundle_bytes": size.bundle_bytes if size else None,
+            "prefill_tokens_per_second": speed.prefill_tokens_per_second.median if speed else None,
+            "decode_tokens_per_second": speed.decode_tokens_per_second.median if speed else None,
+            "train_tokens_per_second": self.training.tokens_per_second if self.training else None,
+            "merge": {"way": self.merge_way, "validation_losses": dict(self.merge_losses)} if self.merge_way else None,
+            "targets": {
+                name: asdict(size)
+                | ({"speed": asdict(self.speeds[name])} if name in self.speeds else {})
+                | (
+                    {"parity": asdict(self.parities[name]), "worse_than_tuned": self.worse[name]}
+                    if name in self.parities
+                    else {}
+                )
+                for name, size in self.sizes.items()
+            },
+            "float_parity": asdict(self.float_parity) if self.float_parity else None,
+            "data": asdict(self.data) if self.data else None,
+            "problems": self.problems,
+            "machine": asdict(self.machine) if self.machine else None,
+            "versions": dict(self.versions),
+        }
