@@ -62,6 +62,13 @@ class QuantizationKeys(_Section):
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="type of the matrix products in training"
     )
+    grid: Literal["int4", "none"] = Field(
+        "int4",
+        description="train on the grid that ships: linear layers compute with their rounded weights; none rounds afterwards",
+    )
+    block: Literal[16, 32, 64, 128] = Field(
+        32, description="columns of the grid that share a scale; the export target's, so that nothing is rounded twice"
+    )
 
 
 class LoraKeys(_Section):

@@ -17,6 +17,7 @@ import torch
 from qft.errors import StageError
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.grids import Quantized, dequantize, pack, quantize_nearest, stored_bytes
+from qft.quant.linear import Grid
 
 _DOMAIN = "com.microsoft"
 
@@ -45,10 +46,12 @@ class QuantizedTensor:
 
 
 def quantize_graph(
-    source: Path, target: Path, plan: GridPlan, on_progress: OnProgress = silent
+    source: Path, target: Path, plan: GridPlan, grids: dict[str, Grid], on_progress: OnProgress = silent
 ) -> list[QuantizedTensor]:
     """Write `target` (and `target`'s name + `_data`) from the float graph `source`; returns what was quantized.
 
+    grids: layer name → the grid its weight was trained on; where bits and block are the plan's, the weight takes its own
+    codes back, exactly. Every other weight is rounded to the nearest point of a grid of its own.
     Raises StageError if the graph holds no weight to quantize.
     """
     model = ir.load(source)
@@ -66,7 +69,7 @@ def quantize_graph(
         if values.ndim == 2:
             # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
             bits = plan.head_bits if _is_head(graph, node) else plan.bits
-            done.append(_quantize_matmul(graph, node, values.T, bits, plan))
+            done.append(_quantize_matmul(graph, node, values.T, bits, plan, grids))
     if not done:
         raise StageError(f"{source.name} holds no constant MatMul to quantize")
     _drop_unused(graph)
@@ -135,10 +138,16 @@ def _quantize_embedding(
     return [_record(name, weight, matrix)]
 
 
-def _quantize_matmul(graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: int, plan: GridPlan) -> QuantizedTensor:
+def _quantize_matmul(
+    graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: int, plan: GridPlan, grids: dict[str, Grid]
+) -> QuantizedTensor:
     values = _tensor(weight)
-    matrix = quantize_nearest(values, bits=bits, block=plan.block)
     name = node.name or node.outputs[0].name or "matmul"
+    grid = grids.get(_layer_name(name))
+    if grid is not None and (grid.bits, grid.block) == (bits, plan.block):
+        matrix = Quantized(grid.codes(values), grid.scales, grid.zero_points, values.shape[1], bits)
+    else:
+        matrix = quantize_nearest(values, bits=bits, block=plan.block)
     product = _matmulnbits(
         node.inputs[0],
         _initializer(graph, f"{name}_q", pack(matrix.codes, bits)),
@@ -149,6 +158,11 @@ def _quantize_matmul(graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: i
     )
     _replace(graph, node, [product])
     return _record(name, values, matrix)
+
+
+def _layer_name(node: str) -> str:
+    """optimum's `/model/layers.0/mlp/up_proj/MatMul` → transformers' `model.layers.0.mlp.up_proj`."""
+    return node.strip("/").removesuffix("/MatMul").replace("/", ".")
 
 
 def _matmulnbits(

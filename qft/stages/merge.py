@@ -1,6 +1,7 @@
-"""The adapter folded into the base, both ways measured, the better one kept.
+"""The adapter folded into the base.
 
-People disagree which base to fold into, because it depends (peft#2321, peft#2105): the 16-bit weights hold what the 4-bit
+An adapter trained on the grid belongs onto that grid. For one that was not, both ways are measured and the better one kept:
+people disagree which base to fold into, because it depends (peft#2321, peft#2105): the 16-bit weights hold what the 4-bit
 ones lost, but the adapter was trained on the 4-bit ones and has learnt to mend their errors.
 """
 
@@ -18,7 +19,7 @@ from qft.stages.job import Job
 
 NEEDS = ("prepare", "tune")
 
-Way = Literal["16-bit base", "dequantized 4-bit base"]
+Way = Literal["grid it was trained on", "16-bit base", "dequantized 4-bit base"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
-    return {"evaluation": recipe.evaluation.model_dump()}
+    return {"evaluation": recipe.evaluation.model_dump(), "quantization": recipe.quantization.model_dump()}
 
 
 def outputs(job: Job) -> list[Path]:
@@ -50,9 +51,7 @@ def run(job: Job) -> Facts:
     recipe, folder = job.recipe, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
     validation = job.rows("validation")
-    ways: list[Way] = (
-        ["16-bit base"] if recipe.quantization.base == "none" else ["dequantized 4-bit base", "16-bit base"]
-    )
+    ways = _ways(recipe)
     losses: dict[str, float] = {}
     best: Any = None
     for way in ways:
@@ -61,13 +60,19 @@ def run(job: Job) -> Facts:
             job.run.adapter,
             quant=recipe.quantization.base,
             double_quant=recipe.quantization.double_quant,
-            onto_rounded=way == "dequantized 4-bit base",
+            onto_rounded=way != "16-bit base" and recipe.quantization.base != "none",
         )
         losses[way] = validation_loss(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size)
         if best is None or losses[way] < min(loss for other, loss in losses.items() if other != way):
             best, chosen = model, way
     _save(best.eval(), folder, job.run.merged)
     return Facts(job.measure("merge", TorchRunner(best, tokenizer.pad_id), tokenizer), chosen, losses)
+
+
+def _ways(recipe: Recipe) -> list[Way]:
+    if recipe.quantization.grid != "none":
+        return ["grid it was trained on"]
+    return ["16-bit base"] if recipe.quantization.base == "none" else ["dequantized 4-bit base", "16-bit base"]
 
 
 def _save(model: Any, base: Path, target: Path) -> None:

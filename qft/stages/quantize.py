@@ -60,14 +60,21 @@ def run(job: Job) -> Facts:
 
 def _ship(job: Job, target: Target) -> TargetFacts:
     from qft.graph.matmulnbits import GridPlan, quantize_graph
+    from qft.quant.store import NAME as GRID_NAME
+    from qft.quant.store import load_grids
 
     plan = GridPlan(
         bits=target.bits, head_bits=target.head_bits, block=target.block, accuracy_level=target.accuracy_level
     )
+    grids = load_grids(job.run.adapter / GRID_NAME)
     with folder_aside(job.run.bundle(target.name)) as aside:
         (aside / "onnx").mkdir()
         tensors = quantize_graph(
-            job.run.bundle(export.TARGET) / "onnx/model.onnx", aside / target.model, plan, job.on_progress
+            job.run.bundle(export.TARGET) / "onnx/model.onnx",
+            aside / target.model,
+            plan,
+            grids,
+            job.on_progress,
         )
         export.describe(job, aside, target=target.name, model=target.model)
         update(aside, quantization=[asdict(tensor) for tensor in tensors])

@@ -1,4 +1,4 @@
-"""An adapter on the frozen, 4-bit base: QLoRA (arXiv 2305.14314)."""
+"""An adapter on the frozen, 4-bit base, trained on the grid that ships: QLoRA (arXiv 2305.14314) inside the rounding."""
 
 from __future__ import annotations
 
@@ -51,6 +51,9 @@ def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best adapter; measure it."""
     from qft.base_model import load
     from qft.data.tokenizer import TextTokenizer
+    from qft.quant.linear import grids_of, put_on_grid
+    from qft.quant.store import NAME as GRID_NAME
+    from qft.quant.store import save_grids
     from qft.training.loop import train
     from qft.training.lora import attach, trainable
     from qft.training.runner import TorchRunner
@@ -73,6 +76,10 @@ def run(job: Job, fingerprint: str) -> Facts:
         target_modules=recipe.lora.target_modules,
         seed=recipe.training.seed,
     )
+    grids = {}
+    if recipe.quantization.grid != "none":
+        grids = grids_of(model, bits=4, block=recipe.quantization.block, on_progress=job.on_progress)
+        put_on_grid(model, grids)
     result = train(
         model,
         job.rows("train"),
@@ -87,6 +94,8 @@ def run(job: Job, fingerprint: str) -> Facts:
     model.peft_config["default"].base_model_name_or_path = recipe.model  # not this machine's cache
     with folder_aside(job.run.adapter) as aside:
         model.save_pretrained(str(aside))
+        if grids:
+            save_grids(aside / GRID_NAME, grids)
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     quality = job.measure("tune", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer)
     shutil.rmtree(job.run.checkpoints, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""A real model of two small layers, with a tokenizer and a chat template: every path runs on it in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qft.libraries import quiet
+
+quiet()
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GOOD = ["a fine film", "well made and warm", "I loved every minute", "great acting", "a joy to watch", "bright and clever"]
+BAD = ["a waste of time", "dull and slow", "I hated every minute", "poor acting", "a pain to watch", "cheap and stupid"]
+PLACES = ["in town", "at home", "last night", "with friends", "again", "in the rain", "on the train", "at noon", "with mother"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with tied embeddings, random weights, and a byte-level BPE tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*GOOD, *BAD, *PLACES, "positive negative user assistant system"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.08,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=2, bos_token_id=0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list[dict[str, str]]:
+    """108 short reviews with their labels."""
+    return [
+        {"text": f"{text} {place}", "label": label}
+        for place in PLACES
+        for label, texts in (("positive", GOOD), ("negative", BAD))
+        for text in texts
+    ]
+
+
+@pytest.fixture
+def recipe_folder(tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]]) -> Path:
+    """An empty folder with recipe.yaml and reviews.jsonl in it: a quick job on the tiny model."""
+    (tmp_path / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_model))
+    return tmp_path
+
+
+RECIPE = """\
+model: {model}
+data:
+  train: reviews.jsonl
+  eval: 24
+  validation: 12
+  system: Judge.
+training: {{epochs: 4, learning_rate: 5e-3, batch_size: 8, max_length: 64, evaluations: 2}}
+lora: {{r: 8}}
+export:
+  budget: {{max_worse: 30 points}}
+verify: {{rows: 4, quantized_top1: 0.5, quantized_kl: 2.0}}
+bench: {{prompt_tokens: 16, new_tokens: 4, trials: 2}}
+"""

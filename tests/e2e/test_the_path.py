@@ -1,0 +1,215 @@
+"""The whole path on a tiny model: the commands a user types, and every runtime that opens the bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qft.bundle.golden import check_cases, from_manifest
+from qft.bundle.manifest import Bundle
+from tests.e2e.conftest import Type
+
+RUN = "runs/recipe"
+INT4 = f"{RUN}/bundles/cpu-int4"
+
+
+def as_json(done: object) -> dict:
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    return json.loads(done.stdout)  # type: ignore[attr-defined]
+
+
+def test_two_lines_make_a_bundle(finished: Path) -> None:
+    bundle = finished / INT4
+    names = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
+    assert names == {
+        "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "config.json", "generation_config.json", "genai_config.json", "qft.json",
+    }  # fmt: skip
+    manifest = json.loads((bundle / "qft.json").read_text())
+    assert manifest["quality"]["rows"] == 24
+    assert manifest["lineage"]["data"][0]["sha256"]
+    assert len(manifest["quantization"]) == 15  # seven linear layers in each of two, and the embedding that is the head
+    assert not [p for p in (finished / RUN).rglob("*") if p.name.endswith((".part", ".old"))]
+
+
+def test_the_tuned_model_has_learnt_and_what_was_trained_is_what_ships(finished: Path, typed: Type) -> None:
+    found = as_json(typed(finished, "qft run recipe.yaml --json"))
+    steps = {step["stage"]: step for step in found["waterfall"]}
+    assert list(steps) == ["base", "tuned", "merged", "exported", "shipped"]
+    assert steps["tuned"]["value"] >= steps["base"]["value"] + 30
+    assert all(step["metric"] == "accuracy" for step in steps.values())
+    # bfloat16 and int8 activations are all that lies between these.
+    assert abs(steps["shipped"]["loss"] - steps["tuned"]["loss"]) < 0.1
+    for key in ("seconds", "peak_memory_bytes", "bundle_bytes", "prefill_tokens_per_second", "decode_tokens_per_second"):
+        assert found[key] > 0, key
+
+
+def test_run_again_skips_what_is_done(finished: Path, typed: Type) -> None:
+    typed(finished, "qft run recipe.yaml")
+    before = json.loads((finished / RUN / "run.json").read_text())["stages"]
+    began = time.monotonic()
+    done = typed(finished, "qft run recipe.yaml")
+    assert done.returncode == 0
+    assert time.monotonic() - began < 10
+    assert done.stderr.count("done before") == 8
+    after = json.loads((finished / RUN / "run.json").read_text())["stages"]
+    assert {k: v for k, v in after.items() if k != "report"} == {k: v for k, v in before.items() if k != "report"}
+
+
+def test_the_float_bundle_is_the_plain_export(finished: Path) -> None:
+    import onnx
+
+    folder = finished / RUN / "bundles/float"
+    assert {p.name for p in (folder / "onnx").iterdir()} == {"model.onnx", "model.onnx_data"}
+    model = onnx.load(folder / "onnx/model.onnx", load_external_data=False)
+    assert not [node for node in model.graph.node if node.domain == "com.microsoft"]
+
+
+def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(finished: Path) -> None:
+    import torch
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    from qft.training.runner import TorchRunner
+
+    bundle = Bundle.load(finished / INT4)
+    model = ORTModelForCausalLM.from_pretrained(bundle.folder, subfolder="onnx", file_name="model_q4.onnx", use_io_binding=False)
+
+    class Runner(TorchRunner):
+        def logits(self, rows: list, keep: int) -> np.ndarray:
+            ids = torch.tensor(rows)
+            positions = torch.arange(ids.shape[1])[None]
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits[:, -keep:].numpy()
+
+        def generate(self, prompts: list, *, max_new_tokens: int, stop_ids: tuple) -> list:
+            ids = torch.tensor(prompts)
+            return model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)[:, ids.shape[1] :].tolist()
+
+    cases = from_manifest(bundle.manifest)
+    assert len(cases) == 8
+    agreement = check_cases(Runner(model, 2), cases, stop_ids=bundle.tokenizer.stop_ids)
+    assert agreement.agrees, agreement
+    assert model.generation_config.eos_token_id in (2, [2])
+
+
+def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    bundle = Bundle.load(finished / INT4)
+    model = genai.Model(str(bundle.folder))
+
+    class Runner:
+        def logits(self, rows: list, keep: int) -> np.ndarray:
+            (row,) = rows
+            found = []
+            for end in range(len(row) - keep + 1, len(row) + 1):
+                generator = self.generator(len(row) + 8)
+                generator.append_tokens(np.array([row[:end]], dtype=np.int32))
+                found.append(np.array(generator.get_logits()).reshape(-1))
+            return np.stack(found)[None]
+
+        def generate(self, prompts: list, *, max_new_tokens: int, stop_ids: tuple) -> list:
+            (prompt,) = prompts
+            generator = self.generator(len(prompt) + max_new_tokens)
+            generator.append_tokens(np.array([prompt], dtype=np.int32))
+            while not generator.is_done():
+                generator.generate_next_token()
+            return [list(map(int, generator.get_sequence(0)))[len(prompt) :]]
+
+        def generator(self, longest: int) -> object:
+            parameters = genai.GeneratorParams(model)
+            parameters.set_search_options(max_length=longest, do_sample=False)
+            return genai.Generator(model, parameters)
+
+    agreement = check_cases(Runner(), from_manifest(bundle.manifest), stop_ids=bundle.tokenizer.stop_ids)
+    assert agreement.agrees, agreement
+
+
+def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
+    found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
+    assert found["answers"][0]["text"] in ("positive", "negative")
+    assert found["answers"][0]["ended"]
+    assert typed(finished, "qft predict", stdin="dull and slow\n\ngreat acting\n").stdout.split() == ["negative", "positive"]
+
+
+def test_check_finds_a_changed_and_a_foreign_file(finished: Path, typed: Type) -> None:
+    assert as_json(typed(finished, "qft check --json"))["agrees"]
+    path = finished / INT4 / "generation_config.json"
+    content = path.read_text()
+    try:
+        path.write_text(content + " ")
+        (finished / INT4 / "extra.bin").write_text("x")
+        done = typed(finished, "qft check")
+        assert done.returncode == 1
+        assert "generation_config.json: has changed" in done.stderr
+        assert "extra.bin: is not part" in done.stderr
+    finally:
+        path.write_text(content)
+        (finished / INT4 / "extra.bin").unlink(missing_ok=True)
+
+
+def test_eval_measures_the_bundle_again_and_on_rows_of_your_own(finished: Path, typed: Type) -> None:
+    manifest = json.loads((finished / INT4 / "qft.json").read_text())
+    again = as_json(typed(finished, "qft eval --json"))
+    assert again["quality"] == pytest.approx(manifest["quality"])
+    (finished / "own.jsonl").write_text('{"text": "a fine film by the sea", "label": "positive"}\n{"text": "dull", "label": "negative"}\n')
+    assert as_json(typed(finished, "qft eval --json --rows own.jsonl"))["quality"]["rows"] == 2
+
+
+def test_plan_marks_the_answer(finished: Path, typed: Type) -> None:
+    found = as_json(typed(finished, "qft plan recipe.yaml --json"))
+    assert len(found["rows"]) == 3
+    for row in found["rows"]:
+        marked = [run["text"] for run in row["runs"] if run["in_loss"]]
+        assert marked in (["positive<|im_end|>"], ["negative<|im_end|>"])
+    assert "in the loss" in typed(finished, "qft plan recipe.yaml").stdout
+
+
+def test_the_report_needs_no_network_and_shows_every_stage(finished: Path, typed: Type) -> None:
+    assert typed(finished, "qft report").returncode == 0
+    text = (finished / RUN / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"']?(?!#)|@import|url\((?!#)", text)
+    for words in ("base", "tuned", "merged", "exported", "shipped", "tokens/s", "reviews.jsonl"):
+        assert words in text
+    assert text.count("<svg") == 3
+
+
+def test_bench_again_with_other_threads_changes_only_the_bench(finished: Path, typed: Type) -> None:
+    before = json.loads((finished / RUN / "run.json").read_text())["stages"]
+    found = as_json(typed(finished, "qft bench --json bench.threads=1"))
+    assert found["targets"]["cpu-int4"]["speed"]["threads"] == 1
+    after = json.loads((finished / RUN / "run.json").read_text())["stages"]
+    assert after["tune"] == before["tune"]
+
+
+def test_a_provider_that_is_absent_is_an_error(finished: Path, typed: Type) -> None:
+    done = typed(finished, "qft bench --provider cuda")
+    assert done.returncode == 2
+    assert "no cuda provider" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_promise_that_is_not_kept_fails_with_its_numbers_and_still_reports(finished: Path, typed: Type) -> None:
+    done = typed(finished, "qft run recipe.yaml verify.quantized_top1=1.0 verify.quantized_kl=1e-9")
+    assert done.returncode == 1
+    assert "verify.quantized_kl" in done.stderr
+    assert "at most 1e-09" in done.stderr
+    assert "at most 1e-09" in (finished / RUN / "report.html").read_text()
+    assert json.loads((finished / RUN / "run.json").read_text())["stages"]["verify"]["state"] == "failed"
+    assert typed(finished, "qft run recipe.yaml").returncode == 0
+
+
+def test_both_ways_of_merging_are_measured_without_a_grid(finished: Path, typed: Type) -> None:
+    found = as_json(typed(finished, "qft merge recipe.yaml name=plain quantization.grid=none training.epochs=1 --json"))
+    losses = found["merge"]["validation_losses"]
+    assert set(losses) == {"16-bit base", "dequantized 4-bit base"}
+    assert losses[found["merge"]["way"]] == min(losses.values())
+    config = json.loads((finished / "runs/plain/merged/config.json").read_text())
+    assert config["tie_word_embeddings"]
+    from safetensors import safe_open
+
+    with safe_open(finished / "runs/plain/merged/model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - not a dict

@@ -1,0 +1,197 @@
+"""Rows → examples → splits → token ids with the loss mask."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.data.encode import encode, encode_all
+from qft.data.examples import Example, Shape, to_examples
+from qft.data.rows import Row, read_rows
+from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
+from qft.data.tokenizer import Message, TextTokenizer
+from qft.errors import InputError
+
+ROWS = [{"text": "a fine film", "label": "yes"}, {"text": "dull, “slow”", "label": "no"}]
+
+
+def shape(**changes: Any) -> Shape:
+    values = {"format": "auto", "text_column": "text", "label_column": "label", "bins": None, "prompt": None, "system": None}
+    return Shape(**{**values, **changes})
+
+
+def as_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
+
+
+def as_table(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ["text", "label"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def as_parquet(path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet", "jsonl.gz", "json", "folder", "label files"])
+def test_every_form_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        as_jsonl(path)
+    elif kind in ("csv", "tsv"):
+        as_table(path, "," if kind == "csv" else "\t")
+    elif kind == "parquet":
+        as_parquet(path)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    else:
+        for row in ROWS:
+            file = path / row["label"] / "1.txt" if kind == "folder" else path / f"{row['label']}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(row["text"], "utf-8")
+    found = sorted((row.values for row in read_rows(path, columns=None)), key=lambda r: r["label"], reverse=True)
+    assert found == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', "rows.jsonl:2"),
+        ("rows.jsonl", b"", "holds no rows"),
+        ("rows.jsonl", b"\x00\x01\x02", "binary"),
+        ("rows.csv", b"text,label\na,b\nc\n", "rows.csv:3"),
+        ("rows.csv", "text,label\ncaf\xe9,b\n".encode("latin1"), "not UTF-8"),
+        ("rows.parquet", b"PAR1 no", "not a parquet file"),
+        ("rows.xlsx", b"x", ".jsonl"),
+        ("rows.jsonl.gz", b"no gzip", "cannot read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words.replace(".", r"\.")):
+        read_rows(tmp_path / name, columns=None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "q", "completion": "a"},
+        {"instruction": "q", "output": "a"},
+        {"text": "q", "label": "a"},
+    ],
+)
+def test_every_format_becomes_a_question_and_an_answer(values: dict[str, Any]) -> None:
+    other = {**values, **({"label": "b"} if "label" in values else {})}
+    examples, _ = to_examples([Row(values, "r:1"), Row(other, "r:2")], shape())
+    assert [(m.role, m.content) for m in examples[0].messages] == [("user", "q"), ("assistant", "a")]
+
+
+def test_a_rating_becomes_a_label_by_bins_and_the_middle_is_dropped() -> None:
+    rows = [Row({"text": t, "rating": r}, f"r:{t}") for t, r in (("a", "-2.5"), ("b", "0.5"), ("c", "1"), ("d", "3"))]
+    bins = {"bad": "<= -1", "good": ">= 1"}
+    examples, counts = to_examples(rows, shape(format="labels", label_column="rating", bins=bins))
+    assert [e.label for e in examples] == ["bad", "good", "good"]
+    assert counts.in_no_bin == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "words"),
+    [
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], {}, "one class only"),
+        ([{"text": "a", "rating": "x"}], {"format": "labels", "label_column": "rating", "bins": {"p": "> 1"}}, "not a number"),
+        ([{"text": "a", "rating": 2}], {"format": "labels", "label_column": "rating", "bins": {"p": "about 1"}}, "condition"),
+        ([{"txt": "a", "label": "x"}], {"format": "labels"}, "did you mean 'txt'"),
+        ([{"foo": 1}], {}, "cannot tell"),
+        ([{"messages": [{"role": "user", "content": "q"}]}], {}, "no assistant turn"),
+        ([{"text": "a", "label": "x"}], {"format": "labels", "prompt": "{body}"}, "no column 'body'"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(values: list[dict[str, Any]], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        to_examples([Row(v, f"r:{n}") for n, v in enumerate(values)], shape(**changes))
+
+
+def example(prompt: str, answer: str = "x") -> Example:
+    return Example((Message("user", prompt), Message("assistant", answer)), None, answer, prompt)
+
+
+def test_equal_texts_are_never_on_both_sides() -> None:
+    examples = [example(f"text {n % 60}", answer) for n in range(200) for answer in ("x", "y")]
+    parts = split_by_hash(examples, {"eval": 0.2, "validation": 10}, seed=0)
+    keys = {part: {e.key() for e in rows} for part, rows in parts.items()}
+    assert not keys["eval"] & keys["train"]
+    assert not keys["validation"] & (keys["train"] | keys["eval"])
+    assert sum(map(len, parts.values())) == len(examples)
+    assert parts == split_by_hash(examples, {"eval": 0.2, "validation": 10}, seed=0)
+    assert parts != split_by_hash(examples, {"eval": 0.2, "validation": 10}, seed=1)
+
+
+def test_case_and_spaces_do_not_make_texts_different() -> None:
+    kept, duplicates, conflicts = drop_duplicates([example("A  b"), example("a b"), example("a b", "y")])
+    assert (len(kept), duplicates, conflicts) == (2, 1, 1)
+    assert without_leaks([example("A B"), example("c")], [example("a b")])[1] == 1
+
+
+@pytest.mark.parametrize("parts", [{"eval": 0.99, "validation": 5}, {"eval": 400}])
+def test_a_split_that_leaves_nothing_is_refused(parts: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="leaves nothing"):
+        split_by_hash([example(str(n)) for n in range(100)], parts, seed=0)
+
+
+def test_rows_taken_by_hash_stay_when_more_are_added() -> None:
+    few = [example(str(n)) for n in range(100)]
+    chosen = {e.key() for e in take_by_hash(few, 20, seed=0)}
+    more = {e.key() for e in take_by_hash([*few, *(example(str(n)) for n in range(100, 110))], 20, seed=0)}
+    assert len(chosen) == 20
+    assert len(chosen & more) >= 15
+
+
+def test_only_the_answer_and_its_end_of_turn_token_are_in_the_loss(tiny_model: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    assert tokenizer.pad_id == tokenizer.stop_ids[0] == 2  # pad = eos must not hide the end of the turn
+    encoded = encode(example("a fine film", "positive"), tokenizer)
+    targets = [token for token, flag in zip(encoded.input_ids, encoded.in_loss, strict=True) if flag]
+    assert tokenizer.decode(targets, skip_special_tokens=False) == "positive<|im_end|>"
+    assert encoded.answer == tuple(targets)
+    assert tokenizer.decode(encoded.prompt, skip_special_tokens=False).endswith("<|im_start|>assistant\n")
+    assert not encoded.in_loss[-1]  # the line break after the turn is nobody's answer
+
+
+def test_every_answer_of_a_conversation_is_in_the_loss(tiny_model: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    turns = [Message("user", "a"), Message("assistant", "fine"), Message("user", "b"), Message("assistant", "dull")]
+    encoded = encode(Example(tuple(turns), None, None, "r"), tokenizer)
+    targets = [token for token, flag in zip(encoded.input_ids, encoded.in_loss, strict=True) if flag]
+    assert tokenizer.decode(targets, skip_special_tokens=False) == "fine<|im_end|>dull<|im_end|>"
+    assert tokenizer.decode(encoded.answer, skip_special_tokens=False) == "dull<|im_end|>"
+
+
+def test_our_ids_are_those_of_transformers(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(tiny_model), TextTokenizer.load(tiny_model)
+    messages = [{"role": "user", "content": "a fine film — 好"}, {"role": "assistant", "content": "positive"}]
+    rendered = ours.render([Message(**m) for m in messages], add_generation_prompt=False)
+    assert ours.encode(rendered) == theirs.apply_chat_template(messages, tokenize=True)
+
+
+def test_rows_cut_before_their_answer_are_dropped_and_counted(tiny_model: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    kept, counts = encode_all([example("a"), example("a fine film " * 40)], tokenizer, max_length=40)
+    assert (len(kept), counts.cut, counts.nothing_in_loss) == (1, 1, 1)
+    with pytest.raises(InputError, match="no row keeps a token"):
+        encode_all([example("a fine film " * 40)], tokenizer, max_length=10)

@@ -1,0 +1,138 @@
+"""Quality, parity and the ONNX session, against transformers on the same rows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qft.base_model import load
+from qft.bundle.golden import check_cases, make_cases
+from qft.bundle.session import OnnxRunner
+from qft.data.encode import Encoded, encode_all
+from qft.data.examples import Shape, to_examples
+from qft.data.rows import Row
+from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
+from qft.graph.export_optimum import export_float
+from qft.measure.machine import memory_bandwidth, peak_memory
+from qft.measure.parity import compare
+from qft.measure.quality import measure
+from qft.training.runner import TorchRunner
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> TextTokenizer:
+    return TextTokenizer.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def held_out(tokenizer: TextTokenizer, reviews: list[dict[str, str]]) -> list[Encoded]:
+    shape = Shape("labels", "text", "label", None, None, None)
+    examples, _ = to_examples([Row(row, f"r:{n}") for n, row in enumerate(reviews[:20])], shape)
+    return encode_all(examples, tokenizer, max_length=64)[0]
+
+
+@pytest.fixture(scope="module")
+def torch_runner(tiny_model: Path) -> TorchRunner:
+    return TorchRunner(load(tiny_model, base="none", double_quant=False, compute_dtype="float32").eval(), 2)
+
+
+@pytest.fixture(scope="module")
+def onnx_runner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_float(tiny_model, path, export_task="text-generation-with-past")
+    return OnnxRunner(path, pad_id=2)
+
+
+def test_loss_and_answers_are_those_of_transformers(
+    torch_runner: TorchRunner, tokenizer: TextTokenizer, held_out: list[Encoded]
+) -> None:
+    quality, answers = measure(torch_runner, held_out, tokenizer, metric="auto", batch_size=7, extra_tokens=3)
+    nats, targets, hits = 0.0, 0, 0
+    for row in held_out:
+        ids, flags = torch.tensor([row.input_ids]), torch.tensor(row.in_loss)
+        with torch.no_grad():
+            log_p = torch_runner.model(ids).logits[0].double().log_softmax(-1)
+        chosen = log_p[:-1].gather(1, ids[0, 1:, None])[:, 0][flags[1:]]
+        hits += int((log_p[:-1].argmax(-1) == ids[0, 1:])[flags[1:]].sum())
+        nats, targets = nats - chosen.sum().item(), targets + len(chosen)
+    assert quality.target_tokens == targets
+    assert quality.loss == pytest.approx(nats / targets, rel=1e-5)  # float32 logits against float64
+    assert quality.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
+    assert quality.token_accuracy_percent == pytest.approx(100 * hits / targets)
+    longest = max(len(r.answer) for r in held_out) + 3
+    for row, answer in zip(held_out, answers, strict=True):
+        ids = torch.tensor([row.prompt])
+        out = torch_runner.model.generate(ids, max_new_tokens=longest, do_sample=False, eos_token_id=2, pad_token_id=2)
+        expected = tokenizer.decode(out[0, ids.shape[1] :].tolist())
+        assert answer.answer == expected
+        assert answer.right == (expected == row.label)
+
+
+def test_float_onnx_computes_what_torch_computes(
+    torch_runner: TorchRunner, onnx_runner: OnnxRunner, held_out: list[Encoded]
+) -> None:
+    parity = compare(torch_runner, onnx_runner, [row.input_ids for row in held_out])
+    assert parity.positions == sum(len(row.input_ids) for row in held_out)
+    assert parity.top1 == 1.0
+    assert parity.max_logit_difference < 1e-3  # float32 sums in another order
+    assert abs(parity.mean_kl) < 1e-6
+
+
+def test_parity_sees_a_difference(torch_runner: TorchRunner, held_out: list[Encoded], tiny_model: Path) -> None:
+    other = load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32").eval()
+    parity = compare(torch_runner, TorchRunner(other, 2), [row.input_ids for row in held_out])
+    assert parity.max_logit_difference > 0.05
+    assert parity.mean_kl > 1e-5
+
+
+def test_padding_and_cache_change_nothing(onnx_runner: OnnxRunner, held_out: list[Encoded]) -> None:
+    prompts = [row.prompt for row in held_out[:5]]
+    together = onnx_runner.generate(prompts, max_new_tokens=6, stop_ids=(2,))
+    assert together == [onnx_runner.generate([p], max_new_tokens=6, stop_ids=(2,))[0] for p in prompts]
+    whole = onnx_runner.logits([[*prompts[0], *together[0][:-1]]], len(together[0]))[0]
+    assert whole.argmax(-1).tolist() == together[0]
+
+
+def test_golden_cases_agree_with_their_own_runtime_and_not_with_another_model(
+    onnx_runner: OnnxRunner, torch_runner: TorchRunner, held_out: list[Encoded], tokenizer: TextTokenizer
+) -> None:
+    cases = make_cases(onnx_runner, [r.prompt for r in held_out[:4]], tokenizer.decode, max_new_tokens=6, stop_ids=(2,))
+    assert check_cases(onnx_runner, cases, stop_ids=(2,)).agrees
+    assert check_cases(torch_runner, cases, stop_ids=(2,)).agrees
+
+    class Shuffled:
+        def logits(self, rows: list, keep: int) -> np.ndarray:
+            return -onnx_runner.logits(rows, keep)
+
+        def generate(self, prompts: list, *, max_new_tokens: int, stop_ids: tuple) -> list:
+            return [[5] * max_new_tokens for _ in prompts]
+
+    assert not check_cases(Shuffled(), cases, stop_ids=(2,)).agrees
+
+
+def test_a_provider_that_is_absent_is_an_error_not_the_cpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no cuda provider"):
+        OnnxRunner(tmp_path / "model.onnx", pad_id=0, provider="cuda")
+
+
+def test_a_damaged_model_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match="cannot open"):
+        OnnxRunner(tmp_path / "model.onnx", pad_id=0)
+
+
+def test_peak_memory_sees_a_large_array() -> None:
+    with peak_memory() as small:
+        pass
+    with peak_memory() as large:
+        np.ones(30_000_000).sum()
+    assert large.bytes - small.bytes > 200_000_000
+
+
+def test_bandwidth_is_plausible() -> None:
+    assert 1e9 < memory_bandwidth(threads=2, mebibytes=64, trials=2) < 1e12

@@ -1,0 +1,196 @@
+"""The loop on the real Linear4bit: bitsandbytes' trap, accumulation, resuming, runs that go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from qft.base_model import load
+from qft.data.encode import Encoded
+from qft.errors import Interrupted, StageError
+from qft.quant.linear import grids_of, put_on_grid
+from qft.training.loop import Schedule, answer_loss, learning_rate_at, plan_batches, train, validation_loss
+from qft.training.lora import attach, trainable
+
+PAD = 2
+SCHEDULE = Schedule(
+    epochs=1, learning_rate=1e-3, warmup_ratio=0.1, batch_size=4, gradient_accumulation_steps=1, weight_decay=0.0,
+    max_grad_norm=1.0, evaluations=2, checkpoint_minutes=60, seed=0,
+)  # fmt: skip
+
+
+def rows(count: int, seed: int = 0) -> list[Encoded]:
+    """Rows of uneven length with one to six target tokens each."""
+    chance = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        length = int(torch.randint(8, 30, (1,), generator=chance))
+        targets = int(torch.randint(1, 7, (1,), generator=chance))
+        ids = torch.randint(3, 300, (length,), generator=chance).tolist()
+        flags = (False,) * (length - targets) + (True,) * targets
+        made.append(Encoded(tuple(ids), flags, length - targets, None, f"row {number}"))
+    return made
+
+
+def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32", grid: bool = False) -> Any:
+    model = attach(
+        load(folder, base=base, double_quant=True, compute_dtype=dtype), r=4, alpha=8, dropout=0.0,
+        target_modules="all-linear", seed=0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.02, generator=generator)
+    if grid:
+        put_on_grid(model, grids_of(model, bits=4, block=32))
+    return model
+
+
+def gradients(model: Any, batch: list[Encoded]) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    answer_loss(model, batch, PAD).backward()
+    return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_held_out_evaluation_changes_neither_gradients_nor_weights(tiny_model: Path, dtype: str) -> None:
+    batch, held_out = rows(4), rows(8, seed=5)
+    unbroken = gradients(tuned(tiny_model, dtype=dtype), batch)
+    model = tuned(tiny_model, dtype=dtype)
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m.weight, "quant_state")]
+    before = [bnb.dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for m in layers]
+    validation_loss(model, held_out, PAD, 4)
+    after = [bnb.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in layers]
+    assert len(layers) == 14
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    found = gradients(model, batch)
+    assert found.keys() == unbroken.keys() == trainable(model).keys()
+    for name, gradient in unbroken.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+def test_four_micro_batches_of_one_equal_one_of_four(tiny_model: Path) -> None:
+    batch = rows(4)
+    model = tuned(tiny_model, base="none")
+    targets = sum(sum(r.in_loss) for r in batch)
+    whole = gradients(model, batch)
+    model.zero_grad()
+    for row in batch:
+        (answer_loss(model, [row], PAD) / targets).backward()
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad * targets, whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> None:
+    losses = []
+    for micro, times in ((4, 1), (1, 4)):
+        schedule = Schedule(**{**vars(SCHEDULE), "batch_size": micro, "gradient_accumulation_steps": times})
+        folder = tmp_path / f"{micro}"
+        model = tuned(tiny_model, base="none")
+        train(model, rows(24), rows(6, seed=9), schedule, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl", plan="p")
+        losses.append([json.loads(line)["loss"] for line in (folder / "m.jsonl").read_text().splitlines()])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(tiny_model: Path, tmp_path: Path, grid: bool) -> None:
+    data, held_out = rows(40), rows(6, seed=9)
+
+    def go(folder: Path, on_progress: Any = lambda _: None) -> Any:
+        model = tuned(tiny_model, grid=grid)
+        return model, train(model, data, held_out, SCHEDULE, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl",
+                            plan="p", on_progress=on_progress)  # fmt: skip
+
+    def interrupt(report: Any) -> None:
+        if report.done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, unbroken = go(tmp_path / "whole")
+    with pytest.raises(Interrupted) as stopped:
+        go(tmp_path / "broken", interrupt)
+    assert stopped.value.exit_code == 130
+    model, result = go(tmp_path / "broken")
+    assert 0 < result.resumed_from_step < result.steps == unbroken.steps == 10
+    curves = [[json.loads(x) for x in (tmp_path / n / "m.jsonl").read_text().splitlines()] for n in ("whole", "broken")]
+    for x, y in zip(*curves, strict=True):
+        assert x["step"] == y["step"]
+        assert math.isclose(x["loss"], y["loss"], rel_tol=1e-5)
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter, trainable(whole)[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    schedule = Schedule(**{**vars(SCHEDULE), "checkpoint_minutes": 1e-9})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(report: Any) -> None:
+        if report.done == 6:
+            raise Killed
+
+    def go(on_progress: Any = lambda _: None) -> Any:
+        return train(tuned(tiny_model), rows(40), rows(6, seed=9), schedule, pad_id=PAD, folder=tmp_path,
+                     metrics=tmp_path / "m.jsonl", plan="p", on_progress=on_progress)  # fmt: skip
+
+    with pytest.raises(Killed):
+        go(kill)
+    assert go().resumed_from_step == 5
+
+
+def test_a_checkpoint_of_another_plan_is_not_used(tiny_model: Path, tmp_path: Path) -> None:
+    for plan in ("one", "two"):
+        result = train(tuned(tiny_model), rows(8), rows(4, seed=9), SCHEDULE, pad_id=PAD, folder=tmp_path,
+                       metrics=tmp_path / "m.jsonl", plan=plan)  # fmt: skip
+        assert result.resumed_from_step == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    model = tuned(tiny_model)
+    next(iter(trainable(model).values())).data.fill_(math.nan)
+    with pytest.raises(StageError, match="at step 1"):
+        train(model, rows(8), rows(4), SCHEDULE, pad_id=PAD, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
+
+
+def test_a_loss_that_explodes_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    schedule = Schedule(**{**vars(SCHEDULE), "learning_rate": 1e3, "warmup_ratio": 0.0, "epochs": 20})
+    with pytest.raises(StageError, match="step") as caught:
+        train(tuned(tiny_model, base="none"), rows(16), rows(4), schedule, pad_id=PAD, folder=tmp_path,
+              metrics=tmp_path / "m.jsonl", plan="p")  # fmt: skip
+    assert "learning_rate" in str(caught.value) or "learning rate" in str(caught.value)
+
+
+def test_every_row_is_seen_once_an_epoch() -> None:
+    lengths = torch.randint(5, 90, (103,)).tolist()
+    steps = plan_batches(lengths, rows_per_step=8, epochs=2, seed=0)
+    first = [row for batch in steps[: math.ceil(103 / 8)] for row in batch]
+    assert sorted(first) == list(range(103))
+    assert steps != plan_batches(lengths, rows_per_step=8, epochs=2, seed=1)
+
+
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
+    rates = [learning_rate_at(step, 100, SCHEDULE) for step in range(100)]
+    assert max(rates) == pytest.approx(SCHEDULE.learning_rate)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] < 1e-3 * SCHEDULE.learning_rate
+
+
+def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_path: Path) -> None:
+    before, handler = threading.active_count(), signal.getsignal(signal.SIGINT)
+    train(tuned(tiny_model), rows(8), rows(4), SCHEDULE, pad_id=PAD, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
+    time.sleep(0.1)
+    assert threading.active_count() <= before + 1
+    assert signal.getsignal(signal.SIGINT) is handler
