@@ -83,7 +83,9 @@ class Screen:
         mark, style = {"done": ("✓", "green"), "skipped": ("·", "dim"), "failed": ("✗", "red")}[event.state]
         took = "done before" if event.state == "skipped" else f"{event.seconds:6.1f} s" if event.state == "done" else ""
         err.print(
-            Text.assemble((f" {mark} ", style), (f"{event.stage:<9}", "bold"), (f" {took:>11}", "dim"), f"  {headline(event)}"),
+            Text.assemble(
+                (f" {mark} ", style), (f"{event.stage:<9}", "bold"), (f" {took:>11}", "dim"), f"  {headline(event)}"
+            ),
             soft_wrap=True,
         )
 

@@ -15,9 +15,26 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-GOOD = ["a fine film", "well made and warm", "I loved every minute", "great acting", "a joy to watch", "bright and clever"]
+GOOD = [
+    "a fine film",
+    "well made and warm",
+    "I loved every minute",
+    "great acting",
+    "a joy to watch",
+    "bright and clever",
+]
 BAD = ["a waste of time", "dull and slow", "I hated every minute", "poor acting", "a pain to watch", "cheap and stupid"]
-PLACES = ["in town", "at home", "last night", "with friends", "again", "in the rain", "on the train", "at noon", "with mother"]
+PLACES = [
+    "in town",
+    "at home",
+    "last night",
+    "with friends",
+    "again",
+    "in the rain",
+    "on the train",
+    "at noon",
+    "with mother",
+]
 
 
 @pytest.fixture(scope="session")

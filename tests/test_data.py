@@ -21,7 +21,14 @@ ROWS = [{"text": "a fine film", "label": "yes"}, {"text": "dull, “slow”", "l
 
 
 def shape(**changes: Any) -> Shape:
-    values = {"format": "auto", "text_column": "text", "label_column": "label", "bins": None, "prompt": None, "system": None}
+    values = {
+        "format": "auto",
+        "text_column": "text",
+        "label_column": "label",
+        "bins": None,
+        "prompt": None,
+        "system": None,
+    }
     return Shape(**{**values, **changes})
 
 
@@ -78,7 +85,9 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
         ("rows.jsonl.gz", b"no gzip", "cannot read"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_a_file_that_cannot_be_read_is_named_with_its_line(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words.replace(".", r"\.")):
         read_rows(tmp_path / name, columns=None)
@@ -112,8 +121,16 @@ def test_a_rating_becomes_a_label_by_bins_and_the_middle_is_dropped() -> None:
     ("values", "changes", "words"),
     [
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], {}, "one class only"),
-        ([{"text": "a", "rating": "x"}], {"format": "labels", "label_column": "rating", "bins": {"p": "> 1"}}, "not a number"),
-        ([{"text": "a", "rating": 2}], {"format": "labels", "label_column": "rating", "bins": {"p": "about 1"}}, "condition"),
+        (
+            [{"text": "a", "rating": "x"}],
+            {"format": "labels", "label_column": "rating", "bins": {"p": "> 1"}},
+            "not a number",
+        ),
+        (
+            [{"text": "a", "rating": 2}],
+            {"format": "labels", "label_column": "rating", "bins": {"p": "about 1"}},
+            "condition",
+        ),
         ([{"txt": "a", "label": "x"}], {"format": "labels"}, "did you mean 'txt'"),
         ([{"foo": 1}], {}, "cannot tell"),
         ([{"messages": [{"role": "user", "content": "q"}]}], {}, "no assistant turn"),

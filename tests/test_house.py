@@ -27,7 +27,17 @@ PACKAGE = ROOT / "qft"
 # A module may import from its own level and those below. Levels as in DESIGN, lowest first.
 LEVELS = [
     ["errors", "progress", "files", "libraries", "paths"],
-    ["recipe_yaml", "recipe", "recipe_reference", "recipe_loader", "sources", "sources_pypi", "base_model", "targets", "tasks"],
+    [
+        "recipe_yaml",
+        "recipe",
+        "recipe_reference",
+        "recipe_loader",
+        "sources",
+        "sources_pypi",
+        "base_model",
+        "targets",
+        "tasks",
+    ],
     ["data"],
     ["quant"],
     ["bundle"],

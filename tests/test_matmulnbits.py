@@ -47,18 +47,24 @@ def run(path: Path, ids: np.ndarray) -> np.ndarray:
     return ort.InferenceSession(str(path)).run(None, {"ids": ids})[0]
 
 
-def test_the_graph_computes_with_the_dequantized_weights(tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+def test_the_graph_computes_with_the_dequantized_weights(
+    tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
     source, embed, w = tied
     done = quantize_graph(source, tmp_path / "q.onnx", PLAN, {})
     ids = np.random.default_rng(0).integers(0, 96, (1, 7))
     e8 = dequantize(quantize_nearest(embed, bits=8, block=32))
     w4 = dequantize(quantize_nearest(w.t(), bits=4, block=32))
     expected = torch.relu(e8[torch.from_numpy(ids)] @ w4.t()) @ e8.t()
-    np.testing.assert_allclose(run(tmp_path / "q.onnx", ids), expected.numpy(), rtol=1e-4, atol=1e-3)  # float32 sums of 64
+    np.testing.assert_allclose(
+        run(tmp_path / "q.onnx", ids), expected.numpy(), rtol=1e-4, atol=1e-3
+    )  # float32 sums of 64
     assert [(q.bits, q.rows, q.cols) for q in done] == [(8, 96, 64), (4, 64, 64)]
 
 
-def test_embedding_and_tied_head_are_one_array_on_disk(tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+def test_embedding_and_tied_head_are_one_array_on_disk(
+    tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
     quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {})
     model = ir.load(tmp_path / "q.onnx")
     stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -78,7 +84,9 @@ def test_zero_points_are_uint8(tied: tuple[Path, torch.Tensor, torch.Tensor], tm
     assert all(node.inputs[3].dtype == ir.DataType.UINT8 and len(node.inputs) == 4 for node in nodes)
 
 
-def test_a_weight_trained_on_a_grid_gets_its_own_codes_back(tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+def test_a_weight_trained_on_a_grid_gets_its_own_codes_back(
+    tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
     source, _, w = tied
     other = Grid.of(w.t() * 1.3, bits=4, block=32)  # a grid that nearest rounding would not choose
     model = onnx.load(source)

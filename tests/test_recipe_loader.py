@@ -30,7 +30,9 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
 
 
 def test_yes_and_no_are_words_not_booleans(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, GOOD.replace("rows.jsonl", "rows.jsonl, bins: {no: '<= 1', yes: '> 1'}"))).recipe
+    recipe = load_recipe(
+        write(tmp_path, GOOD.replace("rows.jsonl", "rows.jsonl, bins: {no: '<= 1', yes: '> 1'}"))
+    ).recipe
     assert recipe.data.bins == {"no": "<= 1", "yes": "> 1"}
 
 
@@ -40,7 +42,9 @@ def test_the_name_is_the_files_name_unless_given(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
-    text = "modle: x\nmodel: 3\nlora: {rank: 4, alpha: -1}\ndata:\n  train: rows.jsonl\n  format: mesages\ntraining: 5\n"
+    text = (
+        "modle: x\nmodel: 3\nlora: {rank: 4, alpha: -1}\ndata:\n  train: rows.jsonl\n  format: mesages\ntraining: 5\n"
+    )
     found = problems(write(tmp_path, text))
     assert len(found) == 6
     for line, words in [
@@ -56,7 +60,12 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("word", "ours"),
-    [("lora_r", "lora.r"), ("base_model", "model"), ("per_device_train_batch_size", "training.batch_size"), ("lr", "training.learning_rate")],
+    [
+        ("lora_r", "lora.r"),
+        ("base_model", "model"),
+        ("per_device_train_batch_size", "training.batch_size"),
+        ("lr", "training.learning_rate"),
+    ],
 )
 def test_other_tools_words_are_answered_with_ours(tmp_path: Path, word: str, ours: str) -> None:
     assert any(f"write {ours}" in problem for problem in problems(write(tmp_path, GOOD + f"{word}: 8\n")))

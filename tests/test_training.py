@@ -99,13 +99,17 @@ def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> No
         schedule = Schedule(**{**vars(SCHEDULE), "batch_size": micro, "gradient_accumulation_steps": times})
         folder = tmp_path / f"{micro}"
         model = tuned(tiny_model, base="none")
-        train(model, rows(24), rows(6, seed=9), schedule, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl", plan="p")
+        train(
+            model, rows(24), rows(6, seed=9), schedule, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl", plan="p"
+        )
         losses.append([json.loads(line)["loss"] for line in (folder / "m.jsonl").read_text().splitlines()])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("grid", [False, True])
-def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(tiny_model: Path, tmp_path: Path, grid: bool) -> None:
+def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(
+    tiny_model: Path, tmp_path: Path, grid: bool
+) -> None:
     data, held_out = rows(40), rows(6, seed=9)
 
     def go(folder: Path, on_progress: Any = lambda _: None) -> Any:
@@ -190,7 +194,16 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_path: Path) -> None:
     before, handler = threading.active_count(), signal.getsignal(signal.SIGINT)
-    train(tuned(tiny_model), rows(8), rows(4), SCHEDULE, pad_id=PAD, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
+    train(
+        tuned(tiny_model),
+        rows(8),
+        rows(4),
+        SCHEDULE,
+        pad_id=PAD,
+        folder=tmp_path,
+        metrics=tmp_path / "m.jsonl",
+        plan="p",
+    )
     time.sleep(0.1)
     assert threading.active_count() <= before + 1
     assert signal.getsignal(signal.SIGINT) is handler

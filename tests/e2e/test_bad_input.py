@@ -114,7 +114,9 @@ def test_debug_shows_where(tmp_path: Path, typed: Type) -> None:
     assert "Traceback" in typed(tmp_path, "qft run recipe.yaml --debug").stderr
 
 
-def test_the_run_folder_of_another_recipe_is_never_overwritten(recipe_folder: Path, tiny_model: Path, typed: Type) -> None:
+def test_the_run_folder_of_another_recipe_is_never_overwritten(
+    recipe_folder: Path, tiny_model: Path, typed: Type
+) -> None:
     assert typed(recipe_folder, "qft plan recipe.yaml").returncode == 0
     before = (recipe_folder / "runs/recipe/recipe.yaml").read_text()
     other = recipe_folder / "other"
@@ -197,6 +199,6 @@ def test_ctrl_c_in_any_other_stage_leaves_nothing_half_done(recipe_folder: Path,
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert not [p for p in run.rglob("*.part")]
+    assert not list(run.rglob("*.part"))
     done = typed(recipe_folder, "qft run recipe.yaml --json")
     assert done.returncode == 0, done.stderr

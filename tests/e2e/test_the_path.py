@@ -45,7 +45,13 @@ def test_the_tuned_model_has_learnt_and_what_was_trained_is_what_ships(finished:
     assert all(step["metric"] == "accuracy" for step in steps.values())
     # bfloat16 and int8 activations are all that lies between these.
     assert abs(steps["shipped"]["loss"] - steps["tuned"]["loss"]) < 0.1
-    for key in ("seconds", "peak_memory_bytes", "bundle_bytes", "prefill_tokens_per_second", "decode_tokens_per_second"):
+    for key in (
+        "seconds",
+        "peak_memory_bytes",
+        "bundle_bytes",
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+    ):
         assert found[key] > 0, key
 
 
@@ -77,13 +83,19 @@ def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(finished: Path) ->
     from qft.training.runner import TorchRunner
 
     bundle = Bundle.load(finished / INT4)
-    model = ORTModelForCausalLM.from_pretrained(bundle.folder, subfolder="onnx", file_name="model_q4.onnx", use_io_binding=False)
+    model = ORTModelForCausalLM.from_pretrained(
+        bundle.folder, subfolder="onnx", file_name="model_q4.onnx", use_io_binding=False
+    )
 
     class Runner(TorchRunner):
         def logits(self, rows: list, keep: int) -> np.ndarray:
             ids = torch.tensor(rows)
             positions = torch.arange(ids.shape[1])[None]
-            return model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits[:, -keep:].numpy()
+            return (
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
+                .logits[:, -keep:]
+                .numpy()
+            )
 
         def generate(self, prompts: list, *, max_new_tokens: int, stop_ids: tuple) -> list:
             ids = torch.tensor(prompts)
@@ -132,7 +144,10 @@ def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
     assert found["answers"][0]["text"] in ("positive", "negative")
     assert found["answers"][0]["ended"]
-    assert typed(finished, "qft predict", stdin="dull and slow\n\ngreat acting\n").stdout.split() == ["negative", "positive"]
+    assert typed(finished, "qft predict", stdin="dull and slow\n\ngreat acting\n").stdout.split() == [
+        "negative",
+        "positive",
+    ]
 
 
 def test_check_finds_a_changed_and_a_foreign_file(finished: Path, typed: Type) -> None:
@@ -155,7 +170,9 @@ def test_eval_measures_the_bundle_again_and_on_rows_of_your_own(finished: Path, 
     manifest = json.loads((finished / INT4 / "qft.json").read_text())
     again = as_json(typed(finished, "qft eval --json"))
     assert again["quality"] == pytest.approx(manifest["quality"])
-    (finished / "own.jsonl").write_text('{"text": "a fine film by the sea", "label": "positive"}\n{"text": "dull", "label": "negative"}\n')
+    (finished / "own.jsonl").write_text(
+        '{"text": "a fine film by the sea", "label": "positive"}\n{"text": "dull", "label": "negative"}\n'
+    )
     assert as_json(typed(finished, "qft eval --json --rows own.jsonl"))["quality"]["rows"] == 2
 
 
