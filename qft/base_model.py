@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,26 @@ def load(folder: Path, *, base: str, double_quant: bool, compute_dtype: str, dev
     keep_quantized_weights_unpacked(model)
     _make_head_input_contiguous(model)
     return model.to(device) if base == "none" else model
+
+
+def weight_reader(folder: Path) -> Callable[[str], Any]:
+    """Layer name → its weight as the checkpoint holds it, read from the disk when asked; None if it is not there as floats."""
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+
+    def read(layer: str) -> Any:
+        name = f"{layer}.weight"
+        if name not in files:
+            return None
+        with safe_open(files[name], "pt") as file:
+            weight = file.get_tensor(name)
+        return weight if weight.is_floating_point() and weight.ndim == 2 else None
+
+    return read
 
 
 def keep_quantized_weights_unpacked(model: Any) -> None:

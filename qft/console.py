@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from qft.measure.speed import Speed
+from qft.measure.speed import Speed, Spread
 from qft.pipeline import StageEvent
 from qft.progress import Progress
-from qft.report.summary import Summary
+from qft.report.summary import Summary, TargetSize
 
-out = Console(highlight=False, soft_wrap=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
 
 
@@ -144,7 +144,7 @@ def print_summary(summary: Summary) -> None:
     if summary.waterfall:
         out.print(_waterfall_table(summary))
     if summary.speeds:
-        out.print(speed_table(summary.speeds, {name: size.bundle_bytes for name, size in summary.sizes.items()}))
+        out.print(speed_table(summary.speeds, summary.sizes))
     peak = max(summary.stage_memory_bytes.values(), default=0)
     out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}")
     if summary.headline_target in summary.sizes:
@@ -154,75 +154,51 @@ def print_summary(summary: Summary) -> None:
 
 def _waterfall_table(summary: Summary) -> Table:
     first = summary.waterfall[0].quality
-    table = Table(
-        title=f"{summary.name}: {first.rows} held-out rows after every stage",
-        title_justify="left",
-        box=None,
-        header_style="bold",
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
     labels = first.accuracy_percent is not None
-    names = (
-        ["stage", "exactly right", "one of the labels", "ended by itself", "prefers the right", "loss"]
-        if labels
-        else ["stage", "perplexity", "tokens right", "loss"]
-    )
-    for number, name in enumerate(names):
-        table.add_column(name, justify="left" if number == 0 else "right")
+    names = ["exactly right", "a label", "ended", "prefers right"] if labels else ["perplexity", "tokens right"]
+    table = _table(f"{summary.name}: {first.rows} held-out rows after every stage", ["stage", *names, "loss"])
     for step in summary.waterfall:
         quality = step.quality
-        name = f"{step.stage} ({step.target})" if step.target else step.stage
-        values = (
-            [quality.accuracy_percent, quality.label_percent, quality.ended_percent, quality.preferred_percent]
-            if labels
-            else []
+        shares = [quality.accuracy_percent, quality.label_percent, quality.ended_percent, quality.preferred_percent]
+        values = [f"{quality.perplexity:.2f}", percent(quality.token_accuracy_percent)]
+        table.add_row(
+            f"{step.stage} ({step.target})" if step.target else step.stage,
+            *(map(percent, shares) if labels else values),
+            f"{quality.loss:.3f}",
+            style="bold" if step.stage == "shipped" else "",
         )
-        cells = (
-            [percent(v) for v in values]
-            if labels
-            else [f"{quality.perplexity:.2f}", percent(quality.token_accuracy_percent)]
-        )
-        table.add_row(name, *cells, f"{quality.loss:.3f}", style="bold" if step.stage == "shipped" else "")
     return table
 
 
-def speed_table(speeds: Any, sizes: Any) -> Table:
-    """As llama-bench prints it: size, threads, prefill (pp) and decode (tg) with their spread."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for number, name in enumerate(
-        [
-            "bundle",
-            "size",
-            "provider",
-            "threads",
-            "load",
-            "first token",
-            "prefill tokens/s",
-            "decode tokens/s",
-            "memory",
-            "of bandwidth",
-        ]
-    ):
-        table.add_column(name, justify="left" if number == 0 else "right")
+def speed_table(speeds: Mapping[str, Speed], sizes: Mapping[str, TargetSize]) -> Table:
+    """As llama-bench prints it: prefill and decode with their spread, beside what memory would allow."""
+    one = next(iter(speeds.values()))
+    about = f"{one.provider}, {one.threads} threads, memory read at {mb(one.memory_bandwidth_bytes_per_second)}/s"
+    names = ["bundle", "size", "load", "first token", "prefill tokens/s", "decode tokens/s", "memory", "of bandwidth"]
+    table = _table(about, names)
     for name, speed in speeds.items():
         table.add_row(
             name,
-            mb(sizes.get(name, speed.model_bytes)),
-            speed.provider,
-            str(speed.threads),
+            mb(sizes[name].bundle_bytes if name in sizes else speed.model_bytes),
             f"{speed.load_seconds:.1f} s",
             f"{speed.time_to_first_token_seconds.median * 1000:.0f} ms",
-            _spread(speed, "prefill_tokens_per_second"),
-            _spread(speed, "decode_tokens_per_second"),
+            _spread(speed.prefill_tokens_per_second),
+            _spread(speed.decode_tokens_per_second),
             mb(speed.peak_memory_bytes),
             f"{speed.decode_share_of_bandwidth:.0%}",
         )
     return table
 
 
-def _spread(speed: Speed, name: str) -> str:
-    value = getattr(speed, name)
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="dim", box=None, header_style="bold", pad_edge=False,
+                  padding=(0, 2, 0, 0))  # fmt: skip
+    for number, name in enumerate(names):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+    return table
+
+
+def _spread(value: Spread) -> str:
     return f"{value.median:.0f} ({value.least:.0f}–{value.most:.0f})"
 
 

@@ -109,7 +109,7 @@ class EvaluationKeys(_Section):
     metric: Literal["auto", "accuracy", "perplexity"] = Field(
         "auto", description="headline metric: accuracy where rows have labels, otherwise perplexity"
     )
-    batch_size: Count = Field(16, description="rows of one forward pass while measuring")
+    batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
         8, description="tokens a generated answer may be longer than the longest expected one"
     )

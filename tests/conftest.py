@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,10 +77,31 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=2,
         initializer_range=0.08,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    _teach_the_form(model, tokenizer)
+    model = model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=2, bos_token_id=0)
     model.save_pretrained(folder)
     return folder
+
+
+def _teach_the_form(model: Any, tokenizer: Any) -> None:
+    """A little training with labels drawn at random: it learns to answer with a label and to stop, but not which label."""
+    import torch
+
+    chance = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        rows = []
+        for _ in range(16):
+            text = f"{chance.choice([*GOOD, *BAD])} {chance.choice(PLACES)}"
+            turns = f"<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+            rows.append(tokenizer.encode(f"{turns}{chance.choice(['positive', 'negative'])}<|im_end|>").ids)
+        width = max(map(len, rows))
+        ids = torch.tensor([[2] * (width - len(row)) + row for row in rows])
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ BASE, GOOD, ACCENT = "#9aa5b1", "#2f7d6d", "#d1495b"
 
 def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
     """Headline metric after each stage; the shipped bar stands out."""
-    figure, axes = _figure(6.4, 2.9)
+    figure, axes = _figure(6.4, 2.6)
     names = [f"{s.stage}\n{s.target}" if s.target else s.stage for s in steps]
     values = [s.quality.value for s in steps]
     colours = [BASE if s.stage == "base" else ACCENT if s.stage == "shipped" else GOOD for s in steps]
@@ -32,7 +32,7 @@ def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
 
 def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
     """Training loss a step, its running mean, and the validation loss."""
-    figure, axes = _figure(6.4, 2.9)
+    figure, axes = _figure(5.2, 3.6)
     steps, losses = [c[0] for c in curve], [c[1] for c in curve]
     axes.plot(steps, losses, color=LINE, linewidth=1, label="training, each step")
     axes.plot(steps, _smooth(losses), color=BASE, linewidth=2, label="training, running mean")
@@ -41,8 +41,10 @@ def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
         axes.plot(*zip(*held_out, strict=True), color=ACCENT, marker="o", markersize=5, linewidth=2, label="validation")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats a target token")
-    axes.set_ylim(bottom=0, top=max(_smooth(losses)) * 1.15)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
     return _svg(figure)
 
 

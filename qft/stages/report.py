@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,10 +128,13 @@ def _examples(job: Job, target: str) -> Examples:
     if not answers or not (job.run.data / "eval.jsonl").exists():
         return Examples()
     tokenizer = TextTokenizer.load(job.run.bundle(target))
+    prompts = [tokenizer.decode(row.prompt) for row in job.rows("eval")]
+    # What all prompts share, the template and the instruction, is not worth reading twelve times.
+    begin = len(os.path.commonprefix(prompts))
+    end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
     triples = [
-        (answer, tokenizer.decode(row.prompt, skip_special_tokens=True), before.answer)
-        for answer, row, before in zip(answers, job.rows("eval"), tuned, strict=True)
+        (answer, prompt[begin : len(prompt) - end], before.answer)
+        for answer, prompt, before in zip(answers, prompts, tuned, strict=True)
     ]
-    return Examples(
-        [t for t in triples if t[0].right][:_SHOWN_EXAMPLES], [t for t in triples if not t[0].right][:_SHOWN_EXAMPLES]
-    )
+    right, wrong = ([t for t in triples if t[0].right is flag] for flag in (True, False))
+    return Examples(right[:_SHOWN_EXAMPLES], wrong[:_SHOWN_EXAMPLES])

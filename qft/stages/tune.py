@@ -49,7 +49,7 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best adapter; measure it."""
-    from qft.base_model import load
+    from qft.base_model import load, weight_reader
     from qft.data.tokenizer import TextTokenizer
     from qft.quant.linear import grids_of, put_on_grid
     from qft.quant.store import NAME as GRID_NAME
@@ -78,7 +78,9 @@ def run(job: Job, fingerprint: str) -> Facts:
     )
     grids = {}
     if recipe.quantization.grid != "none":
-        grids = grids_of(model, bits=4, block=recipe.quantization.block, on_progress=job.on_progress)
+        grids = grids_of(
+            model, bits=4, block=recipe.quantization.block, weight_of=weight_reader(folder), on_progress=job.on_progress
+        )
         put_on_grid(model, grids)
     result = train(
         model,

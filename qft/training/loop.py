@@ -235,7 +235,7 @@ class _Watch:
             )
         self.smooth = loss if math.isnan(self.smooth) else 0.8 * self.smooth + 0.2 * loss
         self.least = min(self.least, self.smooth)
-        if self.smooth > 3 * self.least + 3:
+        if self.smooth > 2 * self.least + 1:
             raise StageError(
                 f"the loss explodes: {self.smooth:.2f} at step {step}, it was {self.least:.2f}",
                 hint=f"lower training.learning_rate ({rate:g} now) or raise training.warmup_ratio",
