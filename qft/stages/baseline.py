@@ -39,5 +39,11 @@ def run(job: Job) -> Facts:
 
     folder = job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    model = load(folder, base="none", double_quant=False, compute_dtype=job.recipe.quantization.compute_dtype)
+    model = load(
+        folder,
+        base="none",
+        double_quant=False,
+        compute_dtype=job.recipe.quantization.compute_dtype,
+        longest=job.recipe.training.max_length,
+    )
     return Facts(job.measure("baseline", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer))

@@ -61,6 +61,7 @@ def run(job: Job) -> Facts:
             quant=recipe.quantization.base,
             double_quant=recipe.quantization.double_quant,
             onto_rounded=way != "16-bit base" and recipe.quantization.base != "none",
+            longest=recipe.training.max_length,
         )
         losses[way] = validation_loss(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size)
         if best is None or losses[way] < min(loss for other, loss in losses.items() if other != way):

@@ -65,6 +65,7 @@ def run(job: Job, fingerprint: str) -> Facts:
         base=recipe.quantization.base,
         double_quant=recipe.quantization.double_quant,
         compute_dtype=recipe.quantization.compute_dtype,
+        longest=recipe.training.max_length,
     )
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -54,7 +54,9 @@ def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
             module.weight.data = bnb.dequantize_4bit(codes, state).to(module.weight.dtype)
 
 
-def merge(base: Path, adapter: Path, *, quant: str, double_quant: bool, onto_rounded: bool) -> Any:
+def merge(
+    base: Path, adapter: Path, *, quant: str, double_quant: bool, onto_rounded: bool, longest: int | None = None
+) -> Any:
     """The adapter folded into the 16-bit base, or (onto_rounded) into the dequantized 4-bit base; bfloat16.
 
     An adapter trained on a grid is folded onto that grid: the weights are then exactly those it was trained with, in
@@ -64,7 +66,7 @@ def merge(base: Path, adapter: Path, *, quant: str, double_quant: bool, onto_rou
     quiet_transformers()
     from peft import PeftModel
 
-    model = load(base, base="none", double_quant=False, compute_dtype="bfloat16")
+    model = load(base, base="none", double_quant=False, compute_dtype="bfloat16", longest=longest)
     if onto_rounded:
         round_base_to_4bit(model, base=quant, double_quant=double_quant)
     tuned = PeftModel.from_pretrained(model.float(), str(adapter))
