@@ -124,8 +124,7 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     if device == "cpu" and longest is not None and longest <= _PLAIN_ATTENTION_TOKENS:
         options["attn_implementation"] = "eager"
-    already = "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
-    if base != "none" and not already:
+    if base != "none" and not is_quantized(folder):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=base,
@@ -135,7 +134,14 @@ def load(
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     keep_quantized_weights_unpacked(model)
     _make_head_input_contiguous(model)
-    return model.to(device) if base == "none" else model
+    if base != "none":
+        return model
+    return (model.dequantize() if is_quantized(folder) else model).to(device)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the checkpoint's weights are held in few bits already, as in `…-bnb-4bit` on the hub."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
 
 
 def weight_reader(folder: Path) -> Callable[[str], Any]:

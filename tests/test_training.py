@@ -16,12 +16,13 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qft.base_model import load
+from qft.base_model import load, weight_reader
 from qft.data.encode import Encoded
 from qft.errors import Interrupted, StageError
-from qft.quant.linear import grids_of, put_on_grid
+from qft.quant.linear import base_weight, grids_of, lora_layers, put_on_grid
+from qft.quant.store import save_grids
 from qft.training.loop import Schedule, answer_loss, learning_rate_at, plan_batches, train, validation_loss
-from qft.training.lora import attach, trainable
+from qft.training.lora import attach, merge, trainable
 
 PAD = 2
 SCHEDULE = Schedule(
@@ -210,3 +211,45 @@ def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_p
     time.sleep(0.1)
     assert threading.active_count() <= before + 1
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("onto_rounded", [False, True])
+def test_a_merged_model_computes_what_the_tuned_one_did(tiny_model: Path, tmp_path: Path, onto_rounded: bool) -> None:
+    base = "nf4" if onto_rounded else "none"
+    model = tuned(tiny_model, base=base).eval()
+    model.save_pretrained(tmp_path)
+    merged = merge(tiny_model, tmp_path, quant="nf4", double_quant=True, onto_rounded=onto_rounded)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    ids = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        # Weights are rounded to bfloat16 once more: 2^-9 of each.
+        torch.testing.assert_close(merged.float()(ids).logits, model(ids).logits, rtol=0.03, atol=0.06)
+
+
+def test_merging_onto_the_grid_gives_the_very_codes_that_were_trained(tiny_model: Path, tmp_path: Path) -> None:
+    model = tuned(tiny_model, dtype="bfloat16")
+    grids = grids_of(model, bits=4, block=32, weight_of=weight_reader(tiny_model))
+    model.save_pretrained(tmp_path)
+    save_grids(tmp_path / "grid.safetensors", grids)
+    merged = merge(tiny_model, tmp_path, quant="nf4", double_quant=True, onto_rounded=True)
+    layers = dict(lora_layers(model))
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        trained = base_weight(layer.base_layer) + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        codes = grids[name].codes(merged.get_submodule(name).weight.float()).int()
+        different = (codes != grids[name].codes(trained.detach()).int()).float().mean().item()
+        assert different < 1e-3, name  # a value within float32's rounding of the middle between two codes
+
+
+def test_a_checkpoint_that_is_4_bit_already_is_tuned_and_merged(tiny_model: Path, tmp_path: Path) -> None:
+    held = tmp_path / "tiny-bnb-4bit"
+    load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32").save_pretrained(held)
+    model = tuned(held)
+    assert gradients(model, rows(4)).keys() == trainable(model).keys()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    merged = merge(held, tmp_path / "adapter", quant="nf4", double_quant=True, onto_rounded=True)
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    ids = torch.arange(3, 33)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged.float()(ids).logits, model(ids).logits, rtol=0.03, atol=0.06)

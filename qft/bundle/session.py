@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
+from qft.data.encode import shared_prefix
 from qft.errors import InputError
 
 PROVIDERS = {
@@ -81,17 +82,27 @@ class OnnxRunner:
             name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
         }
 
-    def prefill(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, Cache]:
-        """Feed left-padded rows; float32 logits (rows, width, vocabulary) and the cache."""
-        width = max(map(len, rows))
-        ids = np.array([[self.pad_id] * (width - len(r)) + list(r) for r in rows], dtype=np.int64)
-        mask = np.array([[0] * (width - len(r)) + [1] * len(r) for r in rows], dtype=np.int64)
-        empty = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((len(rows), shape[1], 0, shape[3]), dtype=kind))
-            for name, (shape, kind) in self._past.items()
-        }
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)
-        return self._run(ids, mask, positions, empty)
+    def prefill(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[np.ndarray, Cache]:
+        """Feed left-padded rows; float32 logits (rows, at least the last `keep` positions, vocabulary) and the cache.
+
+        What all rows share is computed once.
+        """
+        same = shared_prefix(rows, keep=keep)
+        rest = [r[same:] for r in rows]
+        width = max(map(len, rest))
+        ids = np.array([[self.pad_id] * (width - len(r)) + list(r) for r in rest], dtype=np.int64)
+        mask = np.array([[1] * same + [0] * (width - len(r)) + [1] * len(r) for r in rest], dtype=np.int64)
+        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, same:]
+        return self._run(ids, mask, positions, self._past_of(rows[0][:same], len(rows)))
+
+    def _past_of(self, prefix: Sequence[int], count: int) -> dict[str, Any]:
+        """Keys and values of a prefix, for `count` rows; empty ones for an empty prefix."""
+        if prefix:
+            past = self.prefill([prefix])[1].values
+            repeated = {name: np.repeat(value.numpy(), count, axis=0) for name, value in past.items()}
+        else:
+            repeated = {name: np.zeros((count, s[1], 0, s[3]), dtype=kind) for name, (s, kind) in self._past.items()}
+        return {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in repeated.items()}
 
     def step(self, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, Cache]:
         """Feed one token a row; float32 logits (rows, 1, vocabulary) and the grown cache."""
@@ -115,7 +126,7 @@ class OnnxRunner:
 
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of left-padded rows."""
-        return self.prefill(rows)[0][:, -keep:]
+        return self.prefill(rows, keep=keep)[0][:, -keep:]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]

@@ -10,6 +10,8 @@ from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.progress import OnProgress, Progress, silent
 
+_LEAST_SHARED = 4  # tokens of a prefix that are worth a forward pass of their own
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -128,6 +130,19 @@ def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
 def prompt_ids(example: Example, tokenizer: TextTokenizer) -> tuple[int, ...]:
     """Ids of everything before the last answer, with the generation prompt."""
     return encode(example, tokenizer).prompt
+
+
+def shared_prefix(rows: Sequence[Sequence[int]], *, keep: int = 1) -> int:
+    """How many first tokens all rows share and a runner may therefore compute once: a template and an instruction.
+
+    keep: the last positions of the longest row whose logits are wanted; they are never in the prefix. 0 if it does not pay.
+    """
+    if len(rows) < 2:
+        return 0
+    first, last, shortest = min(map(tuple, rows)), max(map(tuple, rows)), min(map(len, rows))
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), shortest)
+    same = min(same, shortest - 1)
+    return same if same >= _LEAST_SHARED and keep <= max(map(len, rows)) - same else 0
 
 
 def _plain_text(example: Example, tokenizer: TextTokenizer) -> Encoded:

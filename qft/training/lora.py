@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qft.base_model import load
+from qft.base_model import is_quantized, load
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
 from qft.quant.store import NAME as GRID_NAME
@@ -67,7 +67,7 @@ def merge(
     from peft import PeftModel
 
     model = load(base, base="none", double_quant=False, compute_dtype="bfloat16", longest=longest)
-    if onto_rounded:
+    if onto_rounded and not is_quantized(base):
         round_base_to_4bit(model, base=quant, double_quant=double_quant)
     tuned = PeftModel.from_pretrained(model.float(), str(adapter))
     grids = load_grids(adapter / GRID_NAME)
@@ -77,4 +77,6 @@ def merge(
         weight.data = grid.rounded(weight.data)
     merged = merged.to(torch.bfloat16).eval()
     merged.config.dtype = torch.bfloat16
+    if hasattr(merged.config, "quantization_config"):
+        del merged.config.quantization_config
     return merged

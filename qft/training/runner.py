@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from qft.data.encode import shared_prefix
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,43 +28,61 @@ class TorchRunner:
         self.model = model
         self.pad_id = pad_id
 
-    @torch.no_grad()
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of left-padded rows."""
-        ids, mask, positions = (t.to(self.model.device) for t in left_pad(rows, self.pad_id))
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            out = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
-            )
-        finally:
-            self.model.train(was_training)
-        return out.logits.float().cpu().numpy()
+        with self._evaluating():
+            return self._prefill(rows, keep, use_cache=False)[0].float().cpu().numpy()
 
-    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]:
         """Greedy continuations; each ends with its stop token if one came."""
-        from transformers import GenerationConfig
+        out: list[list[int]] = [[] for _ in prompts]
+        with self._evaluating():
+            logits, cache, mask, positions = self._prefill(prompts, 1, use_cache=True)
+            for count in range(max_new_tokens):
+                tokens = logits[:, -1].argmax(-1)
+                for row, token in zip(out, tokens.tolist(), strict=True):
+                    if not row or row[-1] not in stop_ids:
+                        row.append(token)
+                if all(row[-1] in stop_ids for row in out) or count + 1 == max_new_tokens:
+                    break
+                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+                positions = positions[:, -1:] + 1
+                logits = self.model(
+                    input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
+                ).logits
+        return out
 
-        ids, mask, _ = (t.to(self.model.device) for t in left_pad(prompts, self.pad_id))
-        greedy = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=self.pad_id
+    def _prefill(
+        self, rows: Sequence[Sequence[int]], keep: int, *, use_cache: bool
+    ) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """(logits of the last `keep` positions, cache, attention mask, positions); what all rows share is computed once."""
+        device = self.model.device
+        same, cache = shared_prefix(rows, keep=keep), None
+        ids, mask, positions = (t.to(device) for t in left_pad([r[same:] for r in rows], self.pad_id))
+        if same:
+            prefix = torch.tensor([rows[0][:same]], device=device)
+            cache = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(rows))
+            mask = torch.cat([torch.ones(len(rows), same, dtype=mask.dtype, device=device), mask], dim=1)
+            positions = positions + same
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=use_cache or cache is not None,
+            logits_to_keep=keep,
         )
+        return out.logits, out.past_key_values, mask, positions
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            out = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+            with torch.no_grad():
+                yield
         finally:
             self.model.train(was_training)
-        return [until_stop(row, stop_ids) for row in out[:, ids.shape[1] :].tolist()]
-
-
-def until_stop(ids: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """Everything up to and including the first stop token."""
-    for index, token in enumerate(ids):
-        if token in stop_ids:
-            return list(ids[: index + 1])
-    return list(ids)
