@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from qft.base_model import load, weight_reader
-from qft.data.encode import Encoded
+from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
 from qft.quant.linear import base_weight, grids_of, lora_layers, put_on_grid
 from qft.quant.store import save_grids
@@ -93,6 +93,22 @@ def test_four_micro_batches_of_one_equal_one_of_four(tiny_model: Path) -> None:
         (answer_loss(model, [row], PAD) / targets).backward()
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(parameter.grad * targets, whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_a_prefix_that_rows_share_changes_neither_loss_nor_gradients(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, grid: bool
+) -> None:
+    start = tuple(range(50, 60))
+    batch = [Encoded(start + r.input_ids, (False,) * 10 + r.in_loss, r.answer_start + 10, None, "r") for r in rows(5)]
+    model = tuned(tiny_model, grid=grid)
+    assert shared_prefix([r.input_ids for r in batch], keep=7) == 10
+    shared, loss = gradients(model, batch), answer_loss(model, batch, PAD).item()
+    monkeypatch.setattr("qft.training.runner.shared_prefix", lambda *_, **__: 0)
+    whole = gradients(model, batch)
+    assert answer_loss(model, batch, PAD).item() == pytest.approx(loss, rel=1e-5)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> None:

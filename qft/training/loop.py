@@ -23,7 +23,7 @@ from qft.files import sha256_json
 from qft.progress import OnProgress, Progress, silent
 from qft.training.checkpoint import Position, load_checkpoint, load_parameters, save_checkpoint, save_parameters
 from qft.training.lora import trainable
-from qft.training.runner import left_pad
+from qft.training.runner import prefill
 
 _WINDOW_BATCHES = 8  # rows of this many batches are sorted by length together: little padding, order still random
 
@@ -87,17 +87,15 @@ def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
 
 def answer_loss(model: Any, rows: Sequence[Encoded], pad_id: int) -> Tensor:
     """Sum of the cross entropy over the rows' target tokens, float32. Only the positions that can hold a target get logits."""
-    ids, mask, positions = (t.to(model.device) for t in left_pad([r.input_ids for r in rows], pad_id))
-    keep = max(len(r.input_ids) - r.first_target for r in rows) + 1
-    keep = min(keep, ids.shape[1])
-    flags = torch.tensor([([False] * ids.shape[1] + list(r.in_loss))[-keep:] for r in rows], device=ids.device)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
-    ).logits
-    targets = flags[:, 1:]
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1][targets].float(), ids[:, -keep:][:, 1:][targets], reduction="sum"
+    keep = min(max(len(r.input_ids) - r.first_target for r in rows) + 1, max(len(r.input_ids) for r in rows))
+    fed = prefill(model, [r.input_ids for r in rows], pad_id, keep=keep)
+    keep = fed.logits.shape[1]
+    flags = torch.tensor(
+        [[False] * (keep - len(r.in_loss)) + list(r.in_loss[-keep:]) for r in rows], device=fed.ids.device
     )
+    targets = flags[:, 1:]
+    chosen = fed.logits[:, :-1][targets].float()
+    return torch.nn.functional.cross_entropy(chosen, fed.ids[:, -keep:][:, 1:][targets], reduction="sum")
 
 
 @torch.no_grad()

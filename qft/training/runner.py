@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,55 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor
     return ids, mask, (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
+@dataclass(frozen=True)
+class Fed:
+    """What a forward pass over left-padded rows gave. ids, mask, positions: of the part after the shared prefix.
+
+    logits: (rows, keep, vocabulary). mask: (rows, prefix + width).
+    """
+
+    logits: Tensor
+    cache: Any
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, *, keep: int, use_cache: bool = False) -> Fed:
+    """One forward pass with the logits of the last `keep` positions; tokens that all rows begin with go through once.
+
+    In a causal model what comes later changes nothing before it, so this is exact, gradients included: they sum over the
+    rows on their way back into the prefix.
+    """
+    device = model.device
+    same, cache = shared_prefix(rows, keep=keep) if _may_share(model) else 0, None
+    ids, mask, positions = (t.to(device) for t in left_pad([r[same:] for r in rows], pad_id))
+    if same:
+        prefix = torch.tensor([list(rows[0][:same])], device=device)
+        cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        mask = torch.cat([torch.ones(len(rows), same, dtype=mask.dtype, device=device), mask], dim=1)
+        positions = positions + same
+    keep = min(keep, ids.shape[1])
+    out = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=use_cache or cache is not None,
+        logits_to_keep=keep,
+    )
+    return Fed(out.logits, out.past_key_values, ids, mask, positions)
+
+
+def _may_share(model: Any) -> bool:
+    """Checkpointing switches the cache off; dropout must draw anew for every row."""
+    if not model.training:
+        return True
+    dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    return not (dropout or getattr(model, "is_gradient_checkpointing", False))
+
+
 class TorchRunner:
     """Runs a Hugging Face causal LM; leaves its train/eval mode as it was."""
 
@@ -31,7 +81,7 @@ class TorchRunner:
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of left-padded rows."""
         with self._evaluating():
-            return self._prefill(rows, keep, use_cache=False)[0].float().cpu().numpy()
+            return prefill(self.model, rows, self.pad_id, keep=keep).logits.float().cpu().numpy()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
@@ -39,7 +89,8 @@ class TorchRunner:
         """Greedy continuations; each ends with its stop token if one came."""
         out: list[list[int]] = [[] for _ in prompts]
         with self._evaluating():
-            logits, cache, mask, positions = self._prefill(prompts, 1, use_cache=True)
+            fed = prefill(self.model, prompts, self.pad_id, keep=1, use_cache=True)
+            logits, mask, positions = fed.logits, fed.mask, fed.positions
             for count in range(max_new_tokens):
                 tokens = logits[:, -1].argmax(-1)
                 for row, token in zip(out, tokens.tolist(), strict=True):
@@ -50,32 +101,9 @@ class TorchRunner:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
                 positions = positions[:, -1:] + 1
                 logits = self.model(
-                    input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
+                    input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=fed.cache
                 ).logits
         return out
-
-    def _prefill(
-        self, rows: Sequence[Sequence[int]], keep: int, *, use_cache: bool
-    ) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """(logits of the last `keep` positions, cache, attention mask, positions); what all rows share is computed once."""
-        device = self.model.device
-        same, cache = shared_prefix(rows, keep=keep), None
-        ids, mask, positions = (t.to(device) for t in left_pad([r[same:] for r in rows], self.pad_id))
-        if same:
-            prefix = torch.tensor([rows[0][:same]], device=device)
-            cache = self.model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
-            cache.batch_repeat_interleave(len(rows))
-            mask = torch.cat([torch.ones(len(rows), same, dtype=mask.dtype, device=device), mask], dim=1)
-            positions = positions + same
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=use_cache or cache is not None,
-            logits_to_keep=keep,
-        )
-        return out.logits, out.past_key_values, mask, positions
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
