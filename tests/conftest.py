@@ -130,8 +130,8 @@ data:
   eval: 24
   validation: 12
   system: Judge.
-training: {{epochs: 4, learning_rate: 5e-3, batch_size: 8, max_length: 64, evaluations: 2}}
-lora: {{r: 8}}
+training: {{epochs: 8, learning_rate: 5e-3, batch_size: 8, max_length: 64, evaluations: 2}}
+lora: {{r: 16, alpha: 64}}
 export:
   budget: {{max_worse: 30 points}}
 verify: {{rows: 4, quantized_top1: 0.5, quantized_kl: 2.0}}

@@ -129,7 +129,8 @@ def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished
             generator.append_tokens(np.array([prompt], dtype=np.int32))
             while not generator.is_done():
                 generator.generate_next_token()
-            return [list(map(int, generator.get_sequence(0)))[len(prompt) :]]
+            answer = list(map(int, generator.get_sequence(0)))[len(prompt) :]
+            return [answer if len(answer) == max_new_tokens else [*answer, stop_ids[0]]]  # genai leaves the stop token out
 
         def generator(self, longest: int) -> object:
             parameters = genai.GeneratorParams(model)
@@ -144,7 +145,7 @@ def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
     assert found["answers"][0]["text"] in ("positive", "negative")
     assert found["answers"][0]["ended"]
-    assert typed(finished, "qft predict", stdin="dull and slow\n\ngreat acting\n").stdout.split() == [
+    assert typed(finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n").stdout.split() == [
         "negative",
         "positive",
     ]
@@ -188,7 +189,7 @@ def test_plan_marks_the_answer(finished: Path, typed: Type) -> None:
 def test_the_report_needs_no_network_and_shows_every_stage(finished: Path, typed: Type) -> None:
     assert typed(finished, "qft report").returncode == 0
     text = (finished / RUN / "report.html").read_text()
-    assert not re.search(r"(src|href)=[\"']?(?!#)|@import|url\((?!#)", text)
+    assert not re.search(r"(src|href)=[\"'](?!#)|@import|url\((?!#)", text)
     for words in ("base", "tuned", "merged", "exported", "shipped", "tokens/s", "reviews.jsonl"):
         assert words in text
     assert text.count("<svg") == 3
