@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -149,7 +150,8 @@ def print_summary(summary: Summary) -> None:
     out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}")
     if summary.headline_target in summary.sizes:
         out.print(f"bundle   {summary.run_folder}/bundles/{summary.headline_target}", soft_wrap=True)
-    out.print(f"report   {summary.run_folder}/report.html", soft_wrap=True)
+    if (report := Path(summary.run_folder, "report.html")).exists():
+        out.print(f"report   {report}", soft_wrap=True)
 
 
 def _waterfall_table(summary: Summary) -> Table:

@@ -11,6 +11,7 @@ import click
 from qft import pipeline
 from qft.cli.options import on_job, open_job
 from qft.console import Screen, print_json, print_summary
+from qft.errors import StageError
 from qft.stages.report import summarize
 
 
@@ -30,13 +31,16 @@ def _work(
     ):
         try:
             pipeline.run(job, wanted, on_stage=screen.on_stage)
-        finally:
+        except StageError:
             screen.bars.stop()
-            summary = summarize(job) if job.run.load()["stages"] else None
-            if summary and not as_json:
-                print_summary(summary)
-        if summary and as_json:
-            print_json(summary.as_dict())
+            if not as_json:
+                print_summary(summarize(job))  # a limit that was not kept: the figures show where quality was lost
+            raise
+        screen.bars.stop()
+        if as_json:
+            print_json(summarize(job).as_dict())
+        else:
+            print_summary(summarize(job))
 
 
 def _stage_command(wanted: Sequence[str], text: str) -> Callable[[Any], click.Command]:

@@ -30,7 +30,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, ["no recipe at recipe.yaml"]),
+        (None, ["no recipe at ", "recipe.yaml"]),
         ("", ["empty"]),
         ("model: [m\n", ["recipe.yaml:2", "not YAML"]),
         ("\x00\x01", ["binary"]),

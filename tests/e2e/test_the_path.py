@@ -130,7 +130,9 @@ def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished
             while not generator.is_done():
                 generator.generate_next_token()
             answer = list(map(int, generator.get_sequence(0)))[len(prompt) :]
-            return [answer if len(answer) == max_new_tokens else [*answer, stop_ids[0]]]  # genai leaves the stop token out
+            return [
+                answer if len(answer) == max_new_tokens else [*answer, stop_ids[0]]
+            ]  # genai leaves the stop token out
 
         def generator(self, longest: int) -> object:
             parameters = genai.GeneratorParams(model)
@@ -145,7 +147,9 @@ def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
     assert found["answers"][0]["text"] in ("positive", "negative")
     assert found["answers"][0]["ended"]
-    assert typed(finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n").stdout.split() == [
+    assert typed(
+        finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n"
+    ).stdout.split() == [
         "negative",
         "positive",
     ]
