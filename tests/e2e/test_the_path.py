@@ -147,12 +147,9 @@ def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
     assert found["answers"][0]["text"] in ("positive", "negative")
     assert found["answers"][0]["ended"]
-    assert typed(
-        finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n"
-    ).stdout.split() == [
-        "negative",
-        "positive",
-    ]
+    lines = typed(finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n").stdout.split()
+    assert len(lines) == 2
+    assert set(lines) <= {"positive", "negative"}
 
 
 def test_check_finds_a_changed_and_a_foreign_file(finished: Path, typed: Type) -> None:
