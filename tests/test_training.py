@@ -21,7 +21,7 @@ from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
 from qft.quant.linear import base_weight, grids_of, lora_layers, put_on_grid
 from qft.quant.store import save_grids
-from qft.training.loop import Schedule, answer_loss, learning_rate_at, plan_batches, train, validation_loss
+from qft.training.loop import Schedule, answer_loss, learning_rate_at, plan_batches, train, validate
 from qft.training.lora import attach, merge, trainable
 
 PAD = 2
@@ -72,7 +72,7 @@ def test_a_held_out_evaluation_changes_neither_gradients_nor_weights(tiny_model:
     model = tuned(tiny_model, dtype=dtype)
     layers = [m for m in model.modules() if type(m) is bitsandbytes.nn.Linear4bit]
     before = [bnb.dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for m in layers]
-    validation_loss(model, held_out, PAD, 4)
+    validate(model, held_out, PAD, 4)
     after = [bnb.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in layers]
     assert len(layers) == 14
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
@@ -109,6 +109,20 @@ def test_a_prefix_that_rows_share_changes_neither_loss_nor_gradients(
     assert answer_loss(model, batch, PAD).item() == pytest.approx(loss, rel=1e-5)
     for name, gradient in whole.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_held_out_figures_are_those_of_a_plain_forward_pass(tiny_model: Path) -> None:
+    model, held_out = tuned(tiny_model), rows(6, seed=3)
+    found = validate(model, held_out, PAD, 4)
+    loss, right, count = 0.0, 0, 0
+    with torch.no_grad():
+        for row in held_out:
+            logits = model.eval()(torch.tensor([row.input_ids])).logits[0, :-1].double()
+            flags, ids = torch.tensor(row.in_loss[1:]), torch.tensor(row.input_ids[1:])
+            loss += torch.nn.functional.cross_entropy(logits[flags], ids[flags], reduction="sum").item()
+            right, count = right + int((logits.argmax(-1) == ids)[flags].sum()), count + int(flags.sum())
+    assert found.loss == pytest.approx(loss / count, rel=1e-5)
+    assert found.tokens_right_percent == pytest.approx(100 * right / count)
 
 
 def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job) -> Facts:
     """Merge both ways, keep the one with the lower loss on the validation rows, measure it on the test rows."""
     from qft.data.tokenizer import TextTokenizer
-    from qft.training.loop import validation_loss
+    from qft.training.loop import validate
     from qft.training.lora import merge
     from qft.training.runner import TorchRunner
 
@@ -63,7 +63,7 @@ def run(job: Job) -> Facts:
             onto_rounded=way != "16-bit base" and recipe.quantization.base != "none",
             longest=recipe.training.max_length,
         )
-        losses[way] = validation_loss(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size)
+        losses[way] = validate(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size).loss
         if best is None or losses[way] < min(loss for other, loss in losses.items() if other != way):
             best, chosen = model, way
     _save(best.eval(), folder, job.run.merged)

@@ -87,25 +87,42 @@ def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
 
 def answer_loss(model: Any, rows: Sequence[Encoded], pad_id: int) -> Tensor:
     """Sum of the cross entropy over the rows' target tokens, float32. Only the positions that can hold a target get logits."""
+    logits, targets = _target_logits(model, rows, pad_id)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def _target_logits(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
+    """float32 (targets, vocabulary) and int64 (targets,): what the model says where a token is in the loss, and that token."""
     keep = min(max(len(r.input_ids) - r.first_target for r in rows) + 1, max(len(r.input_ids) for r in rows))
     fed = prefill(model, [r.input_ids for r in rows], pad_id, keep=keep)
     keep = fed.logits.shape[1]
     flags = torch.tensor(
         [[False] * (keep - len(r.in_loss)) + list(r.in_loss[-keep:]) for r in rows], device=fed.ids.device
     )
-    targets = flags[:, 1:]
-    chosen = fed.logits[:, :-1][targets].float()
-    return torch.nn.functional.cross_entropy(chosen, fed.ids[:, -keep:][:, 1:][targets], reduction="sum")
+    chosen = flags[:, 1:]
+    return fed.logits[:, :-1][chosen].float(), fed.ids[:, -keep:][:, 1:][chosen]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """loss: mean cross entropy a target token, nats. tokens_right_percent: targets that are the first choice."""
+
+    loss: float
+    tokens_right_percent: float
 
 
 @torch.no_grad()
-def validation_loss(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> float:
-    """Mean cross entropy a target token, nats."""
+def validate(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> Validation:
+    """Loss and right tokens on held-out rows; leaves the model in training mode."""
     model.eval()
     order = sorted(rows, key=lambda r: len(r.input_ids))
-    total = sum(answer_loss(model, order[i : i + batch_size], pad_id).item() for i in range(0, len(order), batch_size))
+    loss, right, count = 0.0, 0, sum(sum(r.in_loss) for r in rows)
+    for start in range(0, len(order), batch_size):
+        logits, targets = _target_logits(model, order[start : start + batch_size], pad_id)
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(-1) == targets).sum())
     model.train()
-    return total / sum(sum(r.in_loss) for r in rows)
+    return Validation(loss / count, 100 * right / count)
 
 
 def train(
@@ -169,11 +186,12 @@ def train(
             }
             watch.look(step + 1, loss, norm, rate)
             if step + 1 in evaluate_at or step + 1 == len(batches):
-                held_out = validation_loss(model, validation, pad_id, micro)
-                line["validation_loss"] = held_out
-                if held_out < at.best_loss:
+                held_out = validate(model, validation, pad_id, micro)
+                line["validation_loss"] = held_out.loss
+                line["validation_tokens_right_percent"] = held_out.tokens_right_percent
+                if held_out.loss < at.best_loss:
                     save_parameters(best, parameters)
-                    at = Position(at.step, at.tokens, at.seconds, held_out, at.step)
+                    at = Position(at.step, at.tokens, at.seconds, held_out.loss, at.step)
             log.add(line)
             on_progress(
                 Progress(
