@@ -66,7 +66,10 @@ def main() -> None:
     from qft.errors import QftError
 
     debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, _interrupt)
+    if not debug:  # an interrupt that arrives inside a destructor is no news for the user
+        sys.unraisablehook = lambda _: None
     try:
         cli.main(standalone_mode=False)
     except QftError as error:
@@ -89,11 +92,17 @@ def main() -> None:
         )
 
 
-def _interrupt(*_: Any) -> None:
+_stopped: list[int] = []  # signals received: libraries turn an interrupt inside them into errors of their own
+
+
+def _interrupt(number: int, _: Any) -> None:
+    _stopped.append(number)
     raise KeyboardInterrupt
 
 
 def _end(messages: list[str], exit_code: int, error: BaseException, *, debug: bool, as_json: bool) -> None:
+    if _stopped and exit_code != 130:
+        messages, exit_code = ["stopped; the same command goes on from there"], 130
     if debug:
         import traceback
 
