@@ -26,7 +26,7 @@ from rich.text import Text
 from qft.measure.speed import Speed, Spread
 from qft.pipeline import StageEvent
 from qft.progress import Progress
-from qft.report.summary import Summary, TargetSize
+from qft.report.summary import Summary, TargetSize, mb, percent
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
@@ -135,11 +135,6 @@ def value_text(metric: str, value: float) -> str:
     return f"{value:.2f}" if metric == "perplexity" else f"{value:.1f} %"
 
 
-def mb(count: float) -> str:
-    """Bytes as megabytes (10^6) or gigabytes."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
 def print_summary(summary: Summary) -> None:
     """The waterfall, what ships, and where to look."""
     if summary.waterfall:
@@ -202,11 +197,6 @@ def _table(title: str, names: Sequence[str]) -> Table:
 
 def _spread(value: Spread) -> str:
     return f"{value.median:.0f} ({value.least:.0f}–{value.most:.0f})"
-
-
-def percent(value: float | None) -> str:
-    """A percentage, or a dash where it cannot be told."""
-    return "–" if value is None else f"{value:.1f} %"
 
 
 def print_marked(rows: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None:

@@ -9,7 +9,8 @@ import click
 
 from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
-from qft.console import Screen, mb, print_json, print_line, print_marked, print_table
+from qft.console import Screen, print_json, print_line, print_marked, print_table
+from qft.report.summary import mb
 
 _SHOWN_ROWS = 3
 

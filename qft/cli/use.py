@@ -11,15 +11,16 @@ from typing import Any
 import click
 
 from qft.bundle.golden import check_cases, from_manifest
-from qft.bundle.manifest import Bundle
+from qft.bundle.manifest import Bundle, size_bytes
 from qft.cli.options import find_run, on_runs, shared
-from qft.console import Screen, mb, percent, print_json, print_line, print_table, value_text
+from qft.console import Screen, print_json, print_line, print_table, value_text
 from qft.data.encode import Encoded, encode_all
 from qft.data.examples import Shape, to_examples
 from qft.data.rows import read_rows
 from qft.errors import InputError, StageError
 from qft.measure.quality import measure
 from qft.recipe_loader import load_recipe
+from qft.report.summary import mb, percent
 
 
 def _on_bundle(function: Any) -> Any:
@@ -127,11 +128,10 @@ def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
     if as_json:
         print_json({"bundle": str(bundle.folder), "agrees": agreement.agrees, **asdict(agreement)})
     else:
-        size = sum(p.stat().st_size for p in bundle.folder.rglob("*") if p.is_file())
         print_table(
             str(bundle.folder),
             [
-                ("files", f"{len(bundle.manifest['files'])}, {mb(size)}, all as they were made"),
+                ("files", f"{len(bundle.manifest['files'])}, {mb(size_bytes(bundle.folder))}, all as they were made"),
                 (
                     "golden cases",
                     f"same first choice at {agreement.agreement:.1%} of {agreement.positions} positions; "

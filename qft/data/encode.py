@@ -127,11 +127,6 @@ def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
     return Encoded(tuple(ids), tuple(flags), answer_start, example.label, example.where)
 
 
-def prompt_ids(example: Example, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Ids of everything before the last answer, with the generation prompt."""
-    return encode(example, tokenizer).prompt
-
-
 def shared_prefix(rows: Sequence[Sequence[int]], *, keep: int = 1) -> int:
     """How many first tokens all rows share and a runner may therefore compute once: a template and an instruction.
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
 from qft.report.charts import curve_chart, speed_chart, waterfall_chart
-from qft.report.summary import Summary
+from qft.report.summary import Summary, mb, percent
 
 
 def render(summary: Summary) -> str:
@@ -15,7 +15,7 @@ def render(summary: Summary) -> str:
     environment = Environment(
         autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mb": _mb, "percent": _percent, "number": _number}
+    environment.filters |= {"mb": mb, "percent": percent, "number": _number}
     template = environment.from_string(files("qft.report").joinpath("page.html.j2").read_text("utf-8"))
     charts = {
         "waterfall": waterfall_chart(summary.waterfall) if summary.waterfall else "",
@@ -23,14 +23,6 @@ def render(summary: Summary) -> str:
         "speed": speed_chart(summary.speeds) if summary.speeds else "",
     }
     return template.render(s=summary, charts=charts, peak=max(summary.stage_memory_bytes.values(), default=0))
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f} %"
 
 
 def _number(value: float) -> str:

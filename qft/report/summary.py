@@ -128,3 +128,13 @@ class Summary:
             "machine": asdict(self.machine) if self.machine else None,
             "versions": dict(self.versions),
         }
+
+
+def mb(count: float) -> str:
+    """Bytes as megabytes (10^6) or gigabytes."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def percent(value: float | None) -> str:
+    """A percentage, or a dash where it cannot be told."""
+    return "–" if value is None else f"{value:.1f} %"
