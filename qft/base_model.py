@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +116,13 @@ def load(
 ) -> Any:
     """A causal LM for training or measuring. base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
 
+    compute_dtype: a torch type's name, or auto (see `compute_type`).
     longest: tokens of the longest row it will be fed, None if that is not known.
     """
     quiet_transformers()
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, compute_dtype)
+    dtype = compute_type(compute_dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     if device == "cpu" and longest is not None and longest <= _PLAIN_ATTENTION_TOKENS:
         options["attn_implementation"] = "eager"
@@ -139,29 +141,38 @@ def load(
     return (model.dequantize() if is_quantized(folder) else model).to(device)
 
 
+def compute_type(name: str, device: str = "cpu") -> Any:
+    """The torch dtype that a recipe names; for auto bfloat16 where this machine multiplies it fast, else float32.
+
+    A processor without bfloat16 instructions multiplies it 2 to 100 times slower than float32 (AVX2: 1-20 against 100
+    GFLOP/s), one with them (AVX512-BF16, AMX, recent GPUs) up to 7 times faster, so a few products are timed.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device != "cpu":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if _multiply_seconds(torch.bfloat16) < _multiply_seconds(torch.float32) else torch.float32
+
+
+@functools.cache
+def _multiply_seconds(dtype: Any) -> float:
+    """Of a layer's forward and backward product, the best of three after a warm-up."""
+    import torch
+
+    x, weight = torch.ones(64, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
+    best = math.inf
+    for trial in range(4):
+        began = time.perf_counter()
+        torch.nn.functional.linear(x, weight) @ weight
+        best = min(best, time.perf_counter() - began) if trial else math.inf
+    return best
+
+
 def is_quantized(folder: Path) -> bool:
     """Whether the checkpoint's weights are held in few bits already, as in `…-bnb-4bit` on the hub."""
     return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
-
-
-def weight_reader(folder: Path) -> Callable[[str], Any]:
-    """Layer name → its weight as the checkpoint holds it, read from the disk when asked; None if it is not there as floats."""
-    from safetensors import safe_open
-
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-
-    def read(layer: str) -> Any:
-        name = f"{layer}.weight"
-        if name not in files:
-            return None
-        with safe_open(files[name], "pt") as file:
-            weight = file.get_tensor(name)
-        return weight if weight.is_floating_point() and weight.ndim == 2 else None
-
-    return read
 
 
 def keep_quantized_weights_unpacked(model: Any) -> None:

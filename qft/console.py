@@ -107,6 +107,11 @@ def headline(event: StageEvent) -> str:
             f"{data['train_rows']:,} rows to learn, {data['validation_rows']:,} to choose, {data['eval_rows']:,} to test; "
             f"{data['train_tokens']:,} tokens"
         )
+    if event.stage == "fold":
+        return "  ".join(
+            f"{name}: {_quality(t['rounded'])} rounded, {_quality(t['quality'])} folded"
+            for name, t in facts["targets"].items()
+        )
     if event.stage == "quantize":
         return "  ".join(
             f"{name}: {_quality(t['quality'])}, {mb(t['bundle_bytes'])}" for name, t in facts["targets"].items()
@@ -141,6 +146,8 @@ def print_summary(summary: Summary) -> None:
         out.print(_waterfall_table(summary))
     if summary.speeds:
         out.print(speed_table(summary.speeds, summary.sizes))
+    if summary.survived_percent is not None:
+        out.print(f"{percent(summary.survived_percent)} of what tuning took off the loss has survived in what ships")
     peak = max(summary.stage_memory_bytes.values(), default=0)
     out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}")
     if summary.headline_target in summary.sizes:

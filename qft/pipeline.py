@@ -19,7 +19,8 @@ from qft.measure.machine import machine, peak_memory, versions
 from qft.runfolder import StageRecord
 from qft.stages.job import Job
 
-STAGES = ("prepare", "baseline", "tune", "merge", "export", "quantize", "verify", "bench", "report")
+STAGES = ("prepare", "baseline", "tune", "merge", "fold", "export", "quantize", "verify", "bench", "report")
+_RESUMES = ("tune", "fold")  # they go on from a checkpoint of the same fingerprint
 _ALWAYS = "report"  # quick, and its input is everything before it: made anew each time
 
 OnStage = Callable[["StageEvent"], None]
@@ -105,7 +106,7 @@ def _run_one(job: Job, name: str, fingerprint: str, on_stage: OnStage) -> None:
     job.run.write_record(name, None)
     try:
         with peak_memory() as peak:
-            facts = stage.run(job, fingerprint) if name == "tune" else stage.run(job)
+            facts = stage.run(job, fingerprint) if name in _RESUMES else stage.run(job)
     except QftError:
         raise
     except KeyboardInterrupt:

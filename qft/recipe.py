@@ -53,21 +53,18 @@ class DataKeys(_Section):
 
 
 class QuantizationKeys(_Section):
-    """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314)."""
+    """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314), and what becomes of it."""
 
     base: Literal["nf4", "fp4", "none"] = Field(
         "nf4", description="4-bit type of the frozen weights; none keeps 16 bits"
     )
     double_quant: bool = Field(True, description="quantize the block scales as well (saves 0.4 bits a weight)")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="type of the matrix products in training"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="type of the matrix products; auto: bfloat16 where this machine multiplies it fast"
     )
     grid: Literal["int4", "none"] = Field(
         "int4",
-        description="train on the grid that ships: linear layers compute with their rounded weights; none rounds afterwards",
-    )
-    block: Literal[16, 32, 64, 128] = Field(
-        32, description="columns of the grid that share a scale; the export target's, so that nothing is rounded twice"
+        description="fold the tuned model onto the 4-bit grid that ships, by learning; none rounds to nearest",
     )
 
 
@@ -101,6 +98,19 @@ class TrainingKeys(_Section):
     )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
+
+
+class FoldKeys(_Section):
+    """How a tuned model comes onto the grid that ships: fitted rounding (GPTQ), then learning from the tuned model."""
+
+    tokens: Count = Field(
+        24576, description="training tokens that rounding is fitted on and the tuned model is asked about"
+    )
+    steps: Annotated[int, Field(ge=0)] = Field(
+        80, description="optimizer steps of learning, training.batch_size rows each; 0: fitted rounding alone"
+    )
+    learning_rate: Positive = Field(3e-4, description="peak of the cosine schedule, of a scale's own size")
+    r: Count = Field(16, description="rank of the adapter inside the rounding")
 
 
 class EvaluationKeys(_Section):
@@ -172,6 +182,7 @@ class Recipe(_Section):
     quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]
     lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
+    fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]

@@ -117,14 +117,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
             for key, what, hint in _explain(error, values)
         ]
         raise InputError(sorted(problems, key=_order)) from None
-    loaded = LoadedRecipe(recipe, path, text, tuple(overrides), document.lines)
-    if recipe.lora.dropout and recipe.quantization.grid != "none":
-        raise InputError(
-            "lora.dropout and quantization.grid do not go together: on a grid the adapter is part of the rounded weight",
-            where=loaded.where("lora.dropout"),
-            hint="write lora.dropout: 0 (training.weight_decay regularises too), or quantization.grid: none",
-        )
-    return loaded
+    return LoadedRecipe(recipe, path, text, tuple(overrides), document.lines)
 
 
 def _read(path: Path) -> str:

@@ -67,6 +67,10 @@ class RunFolder:
         """The tuned model as a plain Hugging Face folder."""
         return self.root / "merged"
 
+    def fold(self, target: str) -> Path:
+        """A target's grid: codes, scales and zero points of its linear layers."""
+        return self.root / "fold" / target
+
     @property
     def report(self) -> Path:
         """The report, one file."""

@@ -11,6 +11,16 @@ from qft.paths import shipped
 from qft.recipe_yaml import read_yaml
 
 
+class Weights(BaseModel):
+    """How one kind of weights is stored. symmetric: no zero points."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Literal[4, 8]
+    block: Literal[16, 32, 64, 128] = Field(description="columns that share a scale and a zero point")
+    symmetric: bool = False
+
+
 class Target(BaseModel):
     """One deployment profile. suffix: of the ONNX file, as transformers.js names data types."""
 
@@ -18,9 +28,9 @@ class Target(BaseModel):
 
     name: str
     suffix: str
-    bits: Literal[4, 8] = Field(description="linear layers")
-    head_bits: Literal[4, 8] = Field(description="embedding and head")
-    block: Literal[16, 32, 64, 128] = Field(description="columns that share a scale and a zero point")
+    linear: Weights = Field(description="linear layers")
+    head: Weights = Field(description="embedding and head: one array for both where they are tied")
+    scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")
 
     @property

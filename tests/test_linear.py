@@ -1,79 +1,98 @@
-"""The training layer on a grid, against PEFT and against float64."""
+"""The layer on a grid: what it computes, its gradients in float64, and that what it trained is what it hands over."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import pytest
 import torch
+from torch import Tensor
 
-from qft.base_model import load
-from qft.quant.linear import Grid, RoundedLinear, base_weight, grids_of, lora_layers, put_on_grid
-from qft.training.lora import attach
+from qft.quant.fit import Fitted
+from qft.quant.grids import Scheme, dequantize, quantize_nearest, to_blocks
+from qft.quant.linear import GridLinear
 
-
-def test_gradients_are_loras_own_in_float64() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
-    a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 24), (16, 4)))
-    weight, w0, scale = torch.randn(16, 24, dtype=torch.float64), torch.randn(16, 24, dtype=torch.float64), 2.0
-    upstream = torch.randn(3, 5, 16, dtype=torch.float64)
-    ours = torch.autograd.grad(RoundedLinear.apply(x, a, b, weight, scale), (x, a, b), upstream)
-    plain = torch.nn.functional.linear(x, w0 + scale * b @ a)
-    _, grad_a, grad_b = torch.autograd.grad(plain, (x, a, b), upstream)
-    # The products pass through float32 once on the way to the float32 adapter.
-    torch.testing.assert_close(ours[1].double(), grad_a, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours[2].double(), grad_b, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ours[0], upstream @ weight)
+SCHEMES = [Scheme(4, 32), Scheme(4, 64, True), Scheme(4, 16, False, torch.float16)]
 
 
-def test_a_layer_on_its_grid_computes_with_values_of_the_grid_alone(tiny_model: Path) -> None:
-    model = load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32")
-    tuned = attach(model, r=4, alpha=8, dropout=0.0, target_modules="all-linear", seed=0)
-    name, layer = next(iter(lora_layers(tuned)))
-    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    grids = grids_of(tuned, bits=4, block=32)
-    put_on_grid(tuned, grids)
-    adapted = base_weight(layer.base_layer) + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    x = torch.randn(7, layer.in_features)
-    torch.testing.assert_close(layer(x), x @ grids[name].rounded(adapted.detach()).t(), rtol=1e-5, atol=1e-5)
+def layer_on(scheme: Scheme, rows: int = 24, cols: int = 80, seed: int = 0) -> GridLinear:
+    chance = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, cols, generator=chance)
+    matrix = quantize_nearest(weight, scheme)
+    layer = GridLinear(Fitted(matrix, weight.half(), torch.ones(matrix.scales.shape)), None, r=4, alpha=8.0, seed=seed)
+    torch.nn.init.normal_(layer.b, std=0.05, generator=chance)
+    torch.nn.init.normal_(layer.gain, mean=1.0, std=0.05, generator=chance)
+    layer.round_again()
+    return layer
 
 
-def test_eval_sees_what_training_has_just_changed(tiny_model: Path) -> None:
-    model = load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32")
-    tuned = attach(model, r=4, alpha=8, dropout=0.0, target_modules="all-linear", seed=0)
-    put_on_grid(tuned, grids_of(tuned, bits=4, block=32))
-    ids = torch.arange(3, 23)[None]
-    with torch.no_grad():
-        before = tuned.eval()(ids).logits
-    tuned.train()
-    loss = tuned(ids, labels=ids).loss
-    loss.backward()
-    for _, layer in lora_layers(tuned):
-        layer.lora_B["default"].weight.data -= 5.0 * layer.lora_B["default"].weight.grad
-    with torch.no_grad():
-        after = tuned.eval()(ids, labels=ids)
-    assert not torch.equal(before, after.logits)
-    assert after.loss < loss
+def through_autograd(layer: GridLinear, x: Tensor, *, mask: bool) -> tuple[Tensor, ...]:
+    """y and the gradients of its sum of squares for x, gain, a, b: the formula in float64, rounding passed straight through."""
+    x, gain, a, b = (t.detach().double().requires_grad_() for t in (x, layer.gain, layer.a, layer.b))
+    scales, zeros = layer.scales.double()[..., None], layer.zero_points.double()[..., None]
+    moved = layer.latent.double() + layer.alpha * b @ a
+    padded = torch.nn.functional.pad(moved, (0, -layer.in_features % layer.scheme.block))
+    real = padded.reshape(len(moved), -1, layer.scheme.block) / scales
+    rounded = real + (real.round() - real).detach()
+    clamped = (rounded + zeros).clamp(0, layer.scheme.top) - zeros
+    steps = clamped if mask else rounded + (clamped - rounded).detach()
+    weight = (steps * scales * gain[..., None]).reshape(len(moved), -1)[:, : layer.in_features]
+    y = x @ weight.t()
+    y.square().sum().backward()
+    return (y.detach(), *(t.grad for t in (x, gain, a, b)))  # type: ignore[misc]
 
 
-def test_a_fine_grid_computes_what_peft_computes(tiny_model: Path) -> None:
-    model = load(tiny_model, base="none", double_quant=False, compute_dtype="float32")
-    tuned = attach(model, r=4, alpha=8, dropout=0.0, target_modules="all-linear", seed=0)
-    for _, layer in lora_layers(tuned):
-        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        expected = tuned.eval()(ids).logits
-    step = 2.0**-20  # 24 bits of grid: as good as none
-    grids = {}
-    for name, layer in lora_layers(tuned):
-        blocks = (layer.out_features, -(-layer.in_features // 32))
-        grids[name] = _WideGrid(torch.full(blocks, step), torch.zeros(blocks, dtype=torch.uint8), 4, 32)
-    put_on_grid(tuned, grids)
-    with torch.no_grad():
-        torch.testing.assert_close(tuned(ids).logits, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_outputs_and_gradients_are_autograds_in_float64(scheme: Scheme) -> None:
+    layer = layer_on(scheme)
+    x = torch.randn(5, 7, 80, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    expected = through_autograd(layer, x, mask=False)
+    for ours, reference in zip(
+        (y.detach(), x.grad, layer.gain.grad, layer.a.grad, layer.b.grad), expected, strict=True
+    ):
+        assert ours is not None
+        size = reference.abs().max().item()
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5 * size)  # float32 sums of 560 terms
 
 
-class _WideGrid(Grid):
-    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.round(weight / 2.0**-20) * 2.0**-20
+def test_a_clamped_weight_keeps_its_gradient_so_that_it_can_come_back() -> None:
+    """The clamp's own gradient, zero beyond the last code, is left out on purpose: only clamped weights differ."""
+    layer = layer_on(Scheme(4, 32))
+    layer.latent[:, 3] += 20 * layer.scales.max().half()
+    layer.round_again()
+    assert layer.clamped_percent() > 0
+    x = torch.randn(9, 80, generator=torch.Generator().manual_seed(2))
+    layer(x).square().sum().backward()
+    masked, unmasked = (through_autograd(layer, x, mask=flag) for flag in (True, False))
+    assert layer.a.grad is not None
+    torch.testing.assert_close(
+        layer.a.grad.double(), unmasked[3], rtol=1e-3, atol=1e-5 * unmasked[3].abs().max().item()
+    )
+    assert (masked[3][:, 3] - unmasked[3][:, 3]).abs().max() > 1e-3 * unmasked[3].abs().max()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_was_trained_is_what_it_hands_over(scheme: Scheme) -> None:
+    layer = layer_on(scheme)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01, weight_decay=0.0)
+    x = torch.randn(40, 80, generator=torch.Generator().manual_seed(3))
+    before = layer.codes.clone()
+    for _ in range(5):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.round_again()
+    assert (layer.codes != before).any()
+    matrix = layer.matrix()
+    assert torch.equal(matrix.codes, layer.codes)
+    assert torch.equal(matrix.zero_points, layer.zero_points)
+    tolerance = 1e-6 if scheme.scale_type == torch.float32 else 1e-3  # float16 scales are rounded when they are written
+    torch.testing.assert_close(x @ dequantize(matrix).t(), layer(x).detach(), rtol=tolerance, atol=20 * tolerance)
+
+
+def test_a_weight_lies_on_its_grid_alone() -> None:
+    layer = layer_on(Scheme(4, 32))
+    weight = layer(torch.eye(80)).detach().t()
+    steps = to_blocks(weight, 32) / (layer.scales * layer.gain.detach())[..., None]
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert torch.equal(steps.round() + layer.zero_points[..., None], layer.codes.float())

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from qft.errors import StageError
-from qft.graph.matmulnbits import GridPlan, quantize_graph
-from qft.quant.grids import dequantize, quantize_nearest
-from qft.quant.linear import Grid
+from qft.graph.matmulnbits import GraphPlan, quantize_graph
+from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest, unpack
 
 TEXT = """
 <ir_version: 9, opset_import: ["" : 18]>
@@ -26,7 +25,7 @@ tied (int64[1, T] ids) => (float[1, T, 96] logits) {
     logits = MatMul (h, t)
 }
 """
-PLAN = GridPlan(bits=4, head_bits=8, block=32, accuracy_level=0)
+PLAN = GraphPlan(linear=Scheme(4, 32), head=Scheme(8, 64, symmetric=True), accuracy_level=0)
 
 
 @pytest.fixture
@@ -53,8 +52,8 @@ def test_the_graph_computes_with_the_dequantized_weights(
     source, embed, w = tied
     done = quantize_graph(source, tmp_path / "q.onnx", PLAN, {})
     ids = np.random.default_rng(0).integers(0, 96, (1, 7))
-    e8 = dequantize(quantize_nearest(embed, bits=8, block=32))
-    w4 = dequantize(quantize_nearest(w.t(), bits=4, block=32))
+    e8 = dequantize(quantize_nearest(embed, PLAN.head))
+    w4 = dequantize(quantize_nearest(w.t(), PLAN.linear))
     expected = torch.relu(e8[torch.from_numpy(ids)] @ w4.t()) @ e8.t()
     np.testing.assert_allclose(
         run(tmp_path / "q.onnx", ids), expected.numpy(), rtol=1e-4, atol=1e-3
@@ -68,9 +67,8 @@ def test_embedding_and_tied_head_are_one_array_on_disk(
     quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {})
     model = ir.load(tmp_path / "q.onnx")
     stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    blocks = 2  # of 32 columns in 64
-    embed = 96 * 64 + 96 * blocks * 4 + 96 * blocks  # 8-bit codes, float scales, uint8 zero points
-    layer = 64 * 64 // 2 + 64 * blocks * 4 + 64 * blocks // 2
+    embed = 96 * 64 + 96 * 4  # 8-bit codes, a float scale a row, no zero points
+    layer = 64 * 64 // 2 + 64 * 2 * 4 + 64 * 2 // 2  # two blocks of 32 columns
     assert stored - embed - layer <= 16  # the shape of one Reshape
     assert (tmp_path / "q.onnx_data").stat().st_size <= embed + layer + 64 * 1024  # onnx aligns large arrays
     kinds = [node.op_type for node in model.graph]
@@ -80,23 +78,37 @@ def test_embedding_and_tied_head_are_one_array_on_disk(
 def test_zero_points_are_uint8(tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {})
     nodes = [node for node in ir.load(tmp_path / "q.onnx").graph if node.op_type == "MatMulNBits"]
-    assert nodes
-    assert all(node.inputs[3].dtype == ir.DataType.UINT8 and len(node.inputs) == 4 for node in nodes)
+    layer, head = sorted(nodes, key=lambda node: node.attributes["bits"].as_int())
+    assert layer.inputs[3].dtype == ir.DataType.UINT8
+    assert len(head.inputs) == 3  # symmetric
 
 
-def test_a_weight_trained_on_a_grid_gets_its_own_codes_back(
+def test_a_folded_matrix_is_in_the_file_code_for_code(
     tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
-    source, _, w = tied
-    other = Grid.of(w.t() * 1.3, bits=4, block=32)  # a grid that nearest rounding would not choose
-    model = onnx.load(source)
-    on_grid = other.rounded(w.t())
-    next(t for t in model.graph.initializer if t.name == "w").CopyFrom(
-        onnx.numpy_helper.from_array(on_grid.t().contiguous().numpy(), "w")
-    )
-    onnx.save(model, source)
-    done = quantize_graph(source, tmp_path / "q.onnx", PLAN, {"model.layers.0.up_proj": other})
-    assert done[1].mean_squared_error < 1e-12
+    name = "model.layers.0.up_proj"
+    other = quantize_nearest(
+        torch.randn(64, 64), PLAN.linear
+    )  # nothing that could be found from the graph's own weight
+    done = quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {name: other})
+    assert done[1].name == name
+    stored = ir.load(tmp_path / "q.onnx").graph.initializers
+    codes, scales, zeros = (stored[f"{name}_{part}"].const_value.numpy() for part in ("q", "scales", "zero_points"))
+    assert np.array_equal(unpack(torch.from_numpy(codes.copy()), 4, 32), other.codes)
+    assert np.array_equal(scales, other.scales)
+    assert np.array_equal(unpack(torch.from_numpy(zeros.copy()), 4, 2), other.zero_points)
+    ids = np.random.default_rng(1).integers(0, 96, (1, 7))
+    e8 = dequantize(quantize_nearest(tied[1], PLAN.head))
+    expected = torch.relu(e8[torch.from_numpy(ids)] @ dequantize(other).t()) @ e8.t()
+    np.testing.assert_allclose(run(tmp_path / "q.onnx", ids), expected.numpy(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_folded_matrix_without_a_place_is_an_error(
+    tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    matrix: Quantized = quantize_nearest(torch.randn(64, 64), PLAN.linear)
+    with pytest.raises(StageError, match="no layer model.layers.7"):
+        quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {"model.layers.7.up_proj": matrix})
 
 
 def test_a_graph_without_weights_is_refused(tmp_path: Path) -> None:

@@ -111,7 +111,3 @@ def test_the_reference_has_every_key_once_with_help() -> None:
     assert len({row.key for row in rows}) == len(rows) > 40
     assert all(row.help for row in rows)
     assert set(json_schema()["required"]) == {"model", "data"}
-
-
-def test_dropout_and_a_grid_do_not_go_together(tmp_path: Path) -> None:
-    assert "lora.dropout" in problems(write(tmp_path, GOOD + "lora: {dropout: 0.1}\n"))[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qft.base_model import local_checkpoint, weight_reader
+from qft.base_model import local_checkpoint
 from qft.errors import InputError
 from qft.sources import Source, cache_folder, fetch
 from qft.sources_pypi import _safe
@@ -91,13 +91,6 @@ def test_a_folders_hash_changes_with_any_file(tmp_path: Path) -> None:
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QFT_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
-
-
-def test_a_checkpoint_is_read_layer_by_layer(tiny_model: Path) -> None:
-    read = weight_reader(tiny_model)
-    weight = read("model.layers.0.self_attn.q_proj")
-    assert tuple(weight.shape) == (64, 64)
-    assert read("model.layers.9.self_attn.q_proj") is None
 
 
 def test_a_gguf_that_is_cut_short_is_refused(tmp_path: Path) -> None:

@@ -16,11 +16,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qft.base_model import load, weight_reader
+from qft.base_model import load
 from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
-from qft.quant.linear import base_weight, grids_of, lora_layers, put_on_grid
-from qft.quant.store import save_grids
 from qft.training.loop import Schedule, answer_loss, learning_rate_at, plan_batches, train, validate
 from qft.training.lora import attach, merge, trainable
 
@@ -44,7 +42,7 @@ def rows(count: int, seed: int = 0) -> list[Encoded]:
     return made
 
 
-def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32", grid: bool = False) -> Any:
+def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32") -> Any:
     model = attach(
         load(folder, base=base, double_quant=True, compute_dtype=dtype), r=4, alpha=8, dropout=0.0,
         target_modules="all-linear", seed=0,
@@ -53,8 +51,6 @@ def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32", grid: bool
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=generator)
-    if grid:
-        put_on_grid(model, grids_of(model, bits=4, block=32))
     return model
 
 
@@ -95,13 +91,12 @@ def test_four_micro_batches_of_one_equal_one_of_four(tiny_model: Path) -> None:
         torch.testing.assert_close(parameter.grad * targets, whole[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [False, True])
 def test_a_prefix_that_rows_share_changes_neither_loss_nor_gradients(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, grid: bool
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = tuple(range(50, 60))
     batch = [Encoded(start + r.input_ids, (False,) * 10 + r.in_loss, r.answer_start + 10, None, "r") for r in rows(5)]
-    model = tuned(tiny_model, grid=grid)
+    model = tuned(tiny_model)
     assert shared_prefix([r.input_ids for r in batch], keep=7) == 10
     shared, loss = gradients(model, batch), answer_loss(model, batch, PAD).item()
     monkeypatch.setattr("qft.training.runner.shared_prefix", lambda *_, **__: 0)
@@ -138,14 +133,11 @@ def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> No
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [False, True])
-def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(
-    tiny_model: Path, tmp_path: Path, grid: bool
-) -> None:
+def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(tiny_model: Path, tmp_path: Path) -> None:
     data, held_out = rows(40), rows(6, seed=9)
 
     def go(folder: Path, on_progress: Any = lambda _: None) -> Any:
-        model = tuned(tiny_model, grid=grid)
+        model = tuned(tiny_model)
         return model, train(model, data, held_out, SCHEDULE, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl",
                             plan="p", on_progress=on_progress)  # fmt: skip
 
@@ -254,21 +246,6 @@ def test_a_merged_model_computes_what_the_tuned_one_did(tiny_model: Path, tmp_pa
     with torch.no_grad():
         # Weights are rounded to bfloat16 once more: 2^-9 of each.
         torch.testing.assert_close(merged.float()(ids).logits, model(ids).logits, rtol=0.03, atol=0.06)
-
-
-def test_merging_onto_the_grid_gives_the_very_codes_that_were_trained(tiny_model: Path, tmp_path: Path) -> None:
-    model = tuned(tiny_model, dtype="bfloat16")
-    grids = grids_of(model, bits=4, block=32, weight_of=weight_reader(tiny_model))
-    model.save_pretrained(tmp_path)
-    save_grids(tmp_path / "grid.safetensors", grids)
-    merged = merge(tiny_model, tmp_path, quant="nf4", double_quant=True, onto_rounded=True)
-    layers = dict(lora_layers(model))
-    assert len(layers) == 14
-    for name, layer in layers.items():
-        trained = base_weight(layer.base_layer) + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        codes = grids[name].codes(merged.get_submodule(name).weight.float()).int()
-        different = (codes != grids[name].codes(trained.detach()).int()).float().mean().item()
-        assert different < 1e-3, name  # a value within float32's rounding of the middle between two codes
 
 
 def test_a_checkpoint_that_is_4_bit_already_is_tuned_and_merged(tiny_model: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def run_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
 @click.option("--float", "as_float", is_flag=True, help="Stop at the plain float ONNX bundle.")
 @on_job(required=False)
 def export_command(onnx: bool, as_float: bool, arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
-    """Make the verified bundle of a RUN (default: the newest) or a RECIPE: merge, export, quantize, verify."""
+    """Make the verified bundle of a RUN (default: the newest) or a RECIPE: merge, fold, export, quantize, verify."""
     _work(arguments, runs, as_json, ["export"] if as_float else ["verify"])
 
 
@@ -91,7 +91,11 @@ tune_command = _stage_command(
     ["tune", "baseline"], "Train an adapter on the 4-bit base, and measure base and tuned model."
 )
 merge_command = _stage_command(
-    ["merge"], "Fold the adapter into the base: both ways are measured, the better one is kept."
+    ["merge"], "Merge the adapter into the base: both ways are measured, the better one is kept."
+)
+fold_command = _stage_command(
+    ["fold"],
+    "Bring the merged model onto each target's 4-bit grid: fitted rounding, then learning from the tuned model.",
 )
 quantize_command = _stage_command(["quantize"], "Put every target's grid into the float graph.")
 verify_command = _stage_command(

@@ -16,19 +16,17 @@ import torch
 
 from qft.errors import StageError
 from qft.progress import OnProgress, Progress, silent
-from qft.quant.grids import Quantized, dequantize, pack, quantize_nearest, stored_bytes
-from qft.quant.linear import Grid
+from qft.quant.grids import Quantized, Scheme, dequantize, pack, quantize_nearest, stored_bytes
 
 _DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
-class GridPlan:
-    """What a deployment profile asks of the graph."""
+class GraphPlan:
+    """What a deployment profile asks of the graph: of its linear layers, of embedding and head, of the kernel."""
 
-    bits: int
-    head_bits: int
-    block: int
+    linear: Scheme
+    head: Scheme
     accuracy_level: int
 
 
@@ -46,30 +44,28 @@ class QuantizedTensor:
 
 
 def quantize_graph(
-    source: Path, target: Path, plan: GridPlan, grids: dict[str, Grid], on_progress: OnProgress = silent
+    source: Path, target: Path, plan: GraphPlan, folded: dict[str, Quantized], on_progress: OnProgress = silent
 ) -> list[QuantizedTensor]:
     """Write `target` (and `target`'s name + `_data`) from the float graph `source`; returns what was quantized.
 
-    grids: layer name → the grid its weight was trained on; where bits and block are the plan's, the weight takes its own
-    codes back, exactly. Every other weight is rounded to the nearest point of a grid of its own.
-    Raises StageError if the graph holds no weight to quantize.
+    folded: layer name → the matrix that training left on the plan's own grid, put into the graph as it is. Every other
+    weight is rounded to the nearest point of its grid. Raises StageError if the graph holds no weight to quantize, or none
+    for a folded matrix.
     """
     model = ir.load(source)
     graph = model.graph
     embedding = _embedding(graph)
-    weights = [node for node in graph if node.op_type == "MatMul" and _constant(node.inputs[1]) is not None]
+    weights = [node for node in graph if node.op_type == "MatMul" and _is_matrix(_constant(node.inputs[1]))]
     head = _tied_head(graph, embedding)
+    missing = folded.keys() - {_layer_name(node) for node in weights}
+    if missing:
+        raise StageError(f"the graph has no layer {min(missing)}, which was trained on the grid")
     done: list[QuantizedTensor] = []
     if embedding is not None:
-        done += _quantize_embedding(graph, embedding, head, plan)
+        done.append(_quantize_embedding(graph, embedding, head, plan))
     for number, node in enumerate(weights):
         on_progress(Progress("quantize", number, len(weights), "matrices"))
-        values = _constant(node.inputs[1])
-        assert values is not None
-        if values.ndim == 2:
-            # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
-            bits = plan.head_bits if _is_head(graph, node) else plan.bits
-            done.append(_quantize_matmul(graph, node, values.T, bits, plan, grids))
+        done.append(_quantize_matmul(graph, node, plan, folded))
     if not done:
         raise StageError(f"{source.name} holds no constant MatMul to quantize")
     _drop_unused(graph)
@@ -80,6 +76,10 @@ def quantize_graph(
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def _is_matrix(values: np.ndarray | None) -> bool:
+    return values is not None and values.ndim == 2
 
 
 def _embedding(graph: ir.Graph) -> ir.Node | None:
@@ -107,74 +107,67 @@ def _is_head(graph: ir.Graph, node: ir.Node) -> bool:
     return node.outputs[0] in graph.outputs
 
 
-def _quantize_embedding(
-    graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GridPlan
-) -> list[QuantizedTensor]:
+def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GraphPlan) -> QuantizedTensor:
     table = gather.inputs[0]
     values = _constant(table)
     assert table is not None
     assert table.name is not None
     assert values is not None
     weight = _tensor(values)
-    matrix = quantize_nearest(weight, bits=plan.head_bits, block=plan.block)
-    name = table.name
-    codes = _initializer(graph, f"{name}_q", pack(matrix.codes, matrix.bits))
-    scales = _initializer(graph, f"{name}_scales", matrix.scales)
-    zeros = _initializer(graph, f"{name}_zero_points", pack(matrix.zero_points, matrix.bits))
+    matrix = quantize_nearest(weight, plan.head)
+    stored = _store(graph, table.name, matrix)
     # GatherBlockQuantized wants the codes as a matrix, MatMulNBits as (rows, blocks, bytes): one array in the file, and
     # a Reshape (folded when the session is made) for the reader that wants the other shape.
-    shape = _initializer(graph, f"{name}_q_shape", torch.tensor([matrix.codes.shape[0], -1]))
-    flat = ir.node("Reshape", [codes, shape])
+    shape = _initializer(graph, f"{table.name}_q_shape", torch.tensor([matrix.codes.shape[0], -1]))
+    flat = ir.node("Reshape", [stored[0], shape])
     read = ir.node(
         "GatherBlockQuantized",
-        [flat.outputs[0], gather.inputs[1], scales, zeros],
+        [flat.outputs[0], gather.inputs[1], *stored[1:]],
         domain=_DOMAIN,
-        attributes={"bits": matrix.bits, "block_size": plan.block, "gather_axis": 0, "quantize_axis": 1},
+        attributes={"bits": plan.head.bits, "block_size": plan.head.block, "gather_axis": 0, "quantize_axis": 1},
     )
     _replace(graph, gather, [flat, read])
     if head is not None:
-        product = _matmulnbits(head.inputs[0], codes, scales, zeros, matrix, plan)
-        _replace(graph, head, [product])
-    return [_record(name, weight, matrix)]
+        _replace(graph, head, [_matmulnbits(head.inputs[0], stored, matrix, plan)])
+    return _record(table.name, weight, matrix)
 
 
-def _quantize_matmul(
-    graph: ir.Graph, node: ir.Node, weight: np.ndarray, bits: int, plan: GridPlan, grids: dict[str, Grid]
-) -> QuantizedTensor:
-    values = _tensor(weight)
+def _quantize_matmul(graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: dict[str, Quantized]) -> QuantizedTensor:
+    values = _constant(node.inputs[1])
+    assert values is not None
+    weight, name = _tensor(values.T), _layer_name(node)
+    # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
+    matrix = folded.get(name) or quantize_nearest(weight, plan.head if _is_head(graph, node) else plan.linear)
+    _replace(graph, node, [_matmulnbits(node.inputs[0], _store(graph, name, matrix), matrix, plan)])
+    return _record(name, weight, matrix)
+
+
+def _layer_name(node: ir.Node) -> str:
+    """optimum's `/model/layers.0/mlp/up_proj/MatMul` → transformers' `model.layers.0.mlp.up_proj`."""
     name = node.name or node.outputs[0].name or "matmul"
-    grid = grids.get(_layer_name(name))
-    if grid is not None and (grid.bits, grid.block) == (bits, plan.block):
-        matrix = Quantized(grid.codes(values), grid.scales, grid.zero_points, values.shape[1], bits)
-    else:
-        matrix = quantize_nearest(values, bits=bits, block=plan.block)
-    product = _matmulnbits(
-        node.inputs[0],
+    return name.strip("/").removesuffix("/MatMul").replace("/", ".")
+
+
+def _store(graph: ir.Graph, name: str, matrix: Quantized) -> list[ir.Value]:
+    """Codes, scales and, where the scheme has them, zero points as initializers."""
+    bits = matrix.scheme.bits
+    values = [
         _initializer(graph, f"{name}_q", pack(matrix.codes, bits)),
         _initializer(graph, f"{name}_scales", matrix.scales),
-        _initializer(graph, f"{name}_zero_points", pack(matrix.zero_points, bits)),
-        matrix,
-        plan,
-    )
-    _replace(graph, node, [product])
-    return _record(name, values, matrix)
+    ]
+    if not matrix.scheme.symmetric:
+        values.append(_initializer(graph, f"{name}_zero_points", pack(matrix.zero_points, bits)))
+    return values
 
 
-def _layer_name(node: str) -> str:
-    """optimum's `/model/layers.0/mlp/up_proj/MatMul` → transformers' `model.layers.0.mlp.up_proj`."""
-    return node.strip("/").removesuffix("/MatMul").replace("/", ".")
-
-
-def _matmulnbits(
-    x: ir.Value | None, codes: ir.Value, scales: ir.Value, zeros: ir.Value, matrix: Quantized, plan: GridPlan
-) -> ir.Node:
+def _matmulnbits(x: ir.Value | None, stored: list[ir.Value], matrix: Quantized, plan: GraphPlan) -> ir.Node:
     return ir.node(
         "MatMulNBits",
-        [x, codes, scales, zeros],
+        [x, *stored],
         domain=_DOMAIN,
         attributes={
-            "bits": matrix.bits,
-            "block_size": plan.block,
+            "bits": matrix.scheme.bits,
+            "block_size": matrix.scheme.block,
             "K": matrix.cols,
             "N": matrix.codes.shape[0],
             "accuracy_level": plan.accuracy_level,
@@ -212,5 +205,11 @@ def _drop_unused(graph: ir.Graph) -> None:
 def _record(name: str, weight: torch.Tensor, matrix: Quantized) -> QuantizedTensor:
     error = (dequantize(matrix) - weight).square().mean().item()
     return QuantizedTensor(
-        name, matrix.codes.shape[0], matrix.cols, matrix.bits, matrix.block, stored_bytes(matrix), error
+        name,
+        matrix.codes.shape[0],
+        matrix.cols,
+        matrix.scheme.bits,
+        matrix.scheme.block,
+        stored_bytes(matrix),
+        error,
     )

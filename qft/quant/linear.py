@@ -1,140 +1,114 @@
-"""Training on the grid that ships: every linear layer computes with W0 + scale·B·A rounded to its int4 grid.
+"""A linear layer whose weight lies on the grid that ships, and what may learn there.
 
-The rounding is inside the forward pass; gradients pass it straight through (arXiv 1308.3432) to LoRA's own A and B. The
-block scales and zero points are those of W0, found once: with scales taken anew at every step the result was the same
-(perplexity 13.12 and 13.09, EVIDENCE). What is learnt is therefore what the exported file computes.
+    W = gain · s · (clamp(round((L + α·B·A) / s) + z, 0, 2^bits - 1) - z)
+
+L is the weight before its rounding, s and z are the scales and zero points found for it. The adapter A, B inside the rounding
+moves codes (as in L4Q, arXiv 2402.04902, and LR-QAT, arXiv 2406.06385), `gain` the scale of each block (as in EfficientQAT,
+arXiv 2407.11062). Gradients pass the rounding straight through (arXiv 1308.3432). Codes are made anew once an optimizer step;
+the last ones, with the scales s · gain, are what is written into the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qft.progress import OnProgress, Progress, silent
-from qft.quant.grids import quantize_nearest, to_blocks
-
-WeightOf = Callable[[str], Tensor | None]
+from qft.quant.fit import Fitted
+from qft.quant.grids import Quantized, Scheme, to_blocks
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The values one matrix can take. scales: float32 and zero_points: uint8 (rows, k_blocks), as MatMulNBits has them."""
+class GridLinear(torch.nn.Module):
+    """y = x Wᵀ + bias with W on its grid.
 
-    scales: Tensor
-    zero_points: Tensor
-    bits: int
-    block: int
+    fitted: where codes, scales, zero points and gain start, and L. A weight takes three bytes: one for its code, two for L,
+    float16. What learns: gain, float32 (rows, k_blocks), and the float32 adapter of rank r.
+    """
 
+    def __init__(self, fitted: Fitted, bias: Tensor | None, *, r: int, alpha: float, seed: int) -> None:
+        super().__init__()
+        matrix, (rows, cols) = fitted.matrix, fitted.latent.shape
+        chance = torch.Generator().manual_seed(seed)
+        self.scheme: Scheme = matrix.scheme
+        self.in_features, self.out_features, self.alpha = cols, rows, alpha / r
+        self.latent, self.bias = fitted.latent, bias
+        self.codes, self.zero_points = matrix.codes, matrix.zero_points
+        self.scales = matrix.scales.float()
+        self.gain = torch.nn.Parameter(fitted.gain.clone())
+        self.a = torch.nn.Parameter(torch.randn(r, cols, generator=chance) / cols**0.5)
+        self.b = torch.nn.Parameter(torch.zeros(rows, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float (…, cols) → (…, rows)."""
+        y = _OnGrid.apply(x, self.gain, self.a, self.b, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def steps(self) -> Tensor:
+        """float32 (rows, k_blocks, block): codes less zero points, how many steps of the grid a weight is from zero."""
+        return self.codes.float().sub_(self.zero_points.float()[..., None])
+
+    @torch.no_grad()
+    def round_again(self) -> None:
+        """Codes for the adapter as it now is. To be called after every optimizer step."""
+        moved = torch.addmm(self.latent.float(), self.b, self.a, alpha=self.alpha)
+        steps = to_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
+        self.codes = steps.add_(self.zero_points[..., None]).clamp_(0, self.scheme.top).to(torch.uint8)
+
+    @torch.no_grad()
+    def matrix(self) -> Quantized:
+        """What ships."""
+        scales = (self.scales * self.gain).to(self.scheme.scale_type)
+        return Quantized(self.codes, scales, self.zero_points, self.in_features, self.scheme)
+
+    @torch.no_grad()
+    def clamped_percent(self) -> float:
+        """Share of weights on the first or last code: those that the grid may hold back."""
+        at_edge = (self.codes == 0) | (self.codes == self.scheme.top)
+        return 100 * at_edge.float().mean().item()
+
+
+class _OnGrid(torch.autograd.Function):
     @staticmethod
-    def of(weight: Tensor, *, bits: int, block: int) -> Grid:
-        """The grid that rounds `weight`, float (rows, cols), with the least squared error."""
-        found = quantize_nearest(weight, bits=bits, block=block)
-        return Grid(found.scales, found.zero_points, bits, block)
-
-    def codes(self, weight: Tensor) -> Tensor:
-        """uint8 (rows, k_blocks, block): the nearest point of the grid for each weight, float (rows, cols)."""
-        zeros = self.zero_points.float()[..., None]
-        blocks = to_blocks(weight, self.block) / self.scales[..., None]
-        return blocks.round_().add_(zeros).clamp_(0, 2**self.bits - 1).to(torch.uint8)
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """float32 (rows, cols): `weight` with every value moved to the grid."""
-        zeros = self.zero_points.float()[..., None]
-        scales = self.scales[..., None]
-        blocks = to_blocks(weight, self.block).div_(scales).round_()
-        low, high = -zeros, 2**self.bits - 1 - zeros
-        return torch.clamp(blocks, low, high).mul_(scales).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
-
-
-def base_weight(layer: Any) -> Tensor:
-    """float32 (rows, cols): the frozen weight of a linear layer, dequantized where bitsandbytes holds it in 4 bits."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight.detach().float()
-    import bitsandbytes.functional as bnb
-
-    return bnb.dequantize_4bit(layer.weight.data, state).float()
-
-
-class RoundedLinear(torch.autograd.Function):
-    """y = x Wᵀ with W = grid(W0 + s·B·A); backward as LoRA's: the rounding counts as the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: float) -> Tensor:
-        """x: (…, cols); a: (r, cols); b: (rows, r); weight: (rows, cols), rounded, in x's dtype."""
-        ctx.save_for_backward(x, a, b, weight)
-        ctx.scale = scale
-        return torch.nn.functional.linear(x, weight)
+    def forward(ctx: Any, x: Tensor, gain: Tensor, a: Tensor, b: Tensor, layer: GridLinear) -> Tensor:
+        ctx.save_for_backward(x, gain, a, b)
+        ctx.layer = layer
+        return torch.nn.functional.linear(x, _dense(layer, layer.steps(), gain).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Gradients of x, a and b."""
-        x, a, b, weight = ctx.saved_tensors
-        flat, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        a, b = a.to(flat.dtype), b.to(flat.dtype)
-        down, up = rows @ a.t(), flat @ b  # (tokens, r) each
-        grad_b = ctx.scale * (flat.t() @ down).float()
-        grad_a = ctx.scale * (up.t() @ rows).float()
-        grad_x = (gradient @ weight) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_a, grad_b, None, None
+        """One product more than LoRA's: the full gradient of W, from which gain, a and b take theirs. It is not kept."""
+        x, gain, a, b = ctx.saved_tensors
+        layer: GridLinear = ctx.layer
+        steps = layer.steps()
+        grad_x = gradient @ _dense(layer, steps, gain).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).float()
+        blocks = to_blocks(of_weight, layer.scheme.block)
+        grad_gain = steps.mul_(blocks).sum(-1).mul_(layer.scales)
+        moved = blocks.mul_(gain[..., None]).reshape(len(blocks), -1)[:, : layer.in_features]
+        return grad_x, grad_gain, layer.alpha * (b.t() @ moved), layer.alpha * (moved @ a.t()), None
 
 
-def put_on_grid(model: Any, grids: dict[str, Grid]) -> None:
-    """Make every adapted layer of a PEFT model compute with its rounded weight, in training and in evaluation."""
-    for name, layer in lora_layers(model):
-        layer.forward = _Forward(layer, grids[name])
+def _dense(layer: GridLinear, steps: Tensor, gain: Tensor) -> Tensor:
+    """float32 (rows, cols)."""
+    blocks = steps * (layer.scales * gain)[..., None]
+    return blocks.reshape(len(blocks), -1)[:, : layer.in_features]
 
 
-class _Forward:
-    """The forward pass of one layer. In eval mode the rounded weight is made once; training makes it anew."""
-
-    def __init__(self, layer: Any, grid: Grid) -> None:
-        self.layer, self.grid = layer, grid
-        self.kept: Tensor | None = None
-
-    def __call__(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        layer = self.layer
-        (adapter,) = layer.active_adapters
-        a, b, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
-        if layer.training:
-            self.kept = None
-        weight = self.kept
-        if weight is None:
-            with torch.no_grad():
-                weight = self.grid.rounded(base_weight(layer.base_layer).addmm_(b.float(), a.float(), alpha=scale)).to(
-                    x.dtype
-                )
-            if not layer.training:
-                self.kept = weight
-        y = RoundedLinear.apply(x, a, b, weight, scale)
-        bias = layer.base_layer.bias
-        return y if bias is None else y + bias.to(y.dtype)
+def put_on_grid(model: Any, fitted: dict[str, Fitted], *, r: int, alpha: float, seed: int) -> None:
+    """Replace the named linear layers of a model; everything else is frozen."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for number, (name, found) in enumerate(fitted.items()):
+        old = model.get_submodule(name)
+        bias = None if old.bias is None else old.bias.detach()
+        new = GridLinear(found, bias, r=r, alpha=alpha, seed=seed + number)
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
 
 
-def lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name as in the plain model, layer) of every linear layer with a LoRA adapter."""
+def grid_layers(model: Any) -> Iterator[tuple[str, GridLinear]]:
+    """(name, layer) of every layer on a grid."""
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            yield name.removeprefix("base_model.model."), module
-
-
-def grids_of(
-    model: Any, *, bits: int, block: int, weight_of: WeightOf | None = None, on_progress: OnProgress = silent
-) -> dict[str, Grid]:
-    """A grid for every adapted layer.
-
-    weight_of: layer name → its weight before it was held in 4 bits, or None where there is none. A grid found for that
-    weight undoes half the noise of NF4, since most rounded values return to where the file had them: loss of SmolLM2 on
-    review sentences 3.61 (bf16), 3.82 (NF4), 3.99 (int4 grid of the NF4 weights), 3.81 (int4 grid of the file's weights).
-    """
-    layers = list(lora_layers(model))
-    found = {}
-    for number, (name, layer) in enumerate(layers):
-        on_progress(Progress("find the grid", number, len(layers), "matrices"))
-        weight = weight_of(name) if weight_of is not None else None
-        found[name] = Grid.of(base_weight(layer.base_layer) if weight is None else weight, bits=bits, block=block)
-    return found
+        if isinstance(module, GridLinear):
+            yield name, module

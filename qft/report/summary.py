@@ -15,7 +15,7 @@ from qft.measure.speed import Speed
 
 @dataclass(frozen=True)
 class WaterfallStep:
-    """Quality after one stage: base, tuned, merged, exported, shipped. target: of a shipped one."""
+    """Quality after one stage: base, tuned, merged, exported; of a target: rounded, folded, shipped."""
 
     stage: str
     quality: Quality
@@ -91,6 +91,16 @@ class Summary:
     examples: Examples
 
     @property
+    def survived_percent(self) -> float | None:
+        """Share of the loss that tuning took off the base which is still off in what ships; None if tuning took nothing off."""
+        losses = {
+            step.stage: step.quality.loss for step in self.waterfall if step.target in (None, self.headline_target)
+        }
+        if not {"base", "tuned", "shipped"} <= losses.keys() or losses["tuned"] >= losses["base"]:
+            return None
+        return 100 * (losses["base"] - losses["shipped"]) / (losses["base"] - losses["tuned"])
+
+    @property
     def seconds(self) -> float:
         """Of all stages together, as they last ran."""
         return sum(self.stage_seconds.values())
@@ -103,6 +113,7 @@ class Summary:
             "bundle": f"{self.run_folder}/bundles/{self.headline_target}" if size else None,
             "report": f"{self.run_folder}/report.html",
             "waterfall": [step.as_dict() for step in self.waterfall],
+            "survived_percent": self.survived_percent,
             "seconds": round(self.seconds, 3),
             "stage_seconds": dict(self.stage_seconds),
             "peak_memory_bytes": max(self.stage_memory_bytes.values(), default=0),

@@ -1,8 +1,8 @@
-"""The adapter folded into the base.
+"""The adapter merged into the base.
 
-An adapter trained on the grid belongs onto that grid. For one that was not, both ways are measured and the better one kept:
-people disagree which base to fold into, because it depends (peft#2321, peft#2105): the 16-bit weights hold what the 4-bit
-ones lost, but the adapter was trained on the 4-bit ones and has learnt to mend their errors.
+Both ways are measured and the better one kept: people disagree which base to merge into, because it depends (peft#2321,
+peft#2105): the 16-bit weights hold what the 4-bit ones lost, but the adapter was trained on the 4-bit ones and has learnt to
+mend their errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qft.stages.job import Job
 
 NEEDS = ("prepare", "tune")
 
-Way = Literal["grid it was trained on", "16-bit base", "dequantized 4-bit base"]
+Way = Literal["16-bit base", "dequantized 4-bit base"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
-    return {"evaluation": recipe.evaluation.model_dump(), "quantization": recipe.quantization.model_dump()}
+    return {
+        "evaluation": recipe.evaluation.model_dump(),
+        "quantization": recipe.quantization.model_dump(exclude={"grid"}),
+    }
 
 
 def outputs(job: Job) -> list[Path]:
@@ -43,6 +46,9 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Merge both ways, keep the one with the lower loss on the validation rows, measure it on the test rows."""
+    import torch
+
+    from qft.base_model import compute_type
     from qft.data.tokenizer import TextTokenizer
     from qft.training.loop import validate
     from qft.training.lora import merge
@@ -51,7 +57,7 @@ def run(job: Job) -> Facts:
     recipe, folder = job.recipe, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
     validation = job.rows("validation")
-    ways = _ways(recipe)
+    dtype, ways = compute_type(recipe.quantization.compute_dtype), _ways(recipe)
     losses: dict[str, float] = {}
     best: Any = None
     for way in ways:
@@ -60,19 +66,18 @@ def run(job: Job) -> Facts:
             job.run.adapter,
             quant=recipe.quantization.base,
             double_quant=recipe.quantization.double_quant,
-            onto_rounded=way != "16-bit base" and recipe.quantization.base != "none",
+            onto_rounded=way != "16-bit base",
             longest=recipe.training.max_length,
-        )
+        ).to(dtype)
         losses[way] = validate(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size).loss
         if best is None or losses[way] < min(loss for other, loss in losses.items() if other != way):
             best, chosen = model, way
-    _save(best.eval(), folder, job.run.merged)
-    return Facts(job.measure("merge", TorchRunner(best, tokenizer.pad_id), tokenizer), chosen, losses)
+    quality = job.measure("merge", TorchRunner(best.eval(), tokenizer.pad_id), tokenizer)
+    _save(best.to(torch.bfloat16), folder, job.run.merged)  # its values are bfloat16's, whatever they are computed in
+    return Facts(quality, chosen, losses)
 
 
 def _ways(recipe: Recipe) -> list[Way]:
-    if recipe.quantization.grid != "none":
-        return ["grid it was trained on"]
     return ["16-bit base"] if recipe.quantization.base == "none" else ["dequantized 4-bit base", "16-bit base"]
 
 

@@ -12,11 +12,11 @@ from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.progress import Progress
 from qft.recipe import Recipe
-from qft.stages import export
+from qft.stages import baseline, export, fold, merge, tune
 from qft.stages.job import Job
 from qft.targets import Target, find_target
 
-NEEDS = ("export",)
+NEEDS = ("export", "fold")
 
 _GOLDEN_CASES = 8
 _GOLDEN_TOKENS = 24  # a golden answer is at most this long
@@ -59,31 +59,49 @@ def run(job: Job) -> Facts:
 
 
 def _ship(job: Job, target: Target) -> TargetFacts:
-    from qft.graph.matmulnbits import GridPlan, quantize_graph
-    from qft.quant.store import NAME as GRID_NAME
-    from qft.quant.store import load_grids
+    from qft.graph.matmulnbits import GraphPlan, quantize_graph
+    from qft.quant.store import load_matrices
 
-    plan = GridPlan(
-        bits=target.bits, head_bits=target.head_bits, block=target.block, accuracy_level=target.accuracy_level
+    plan = GraphPlan(
+        linear=fold.scheme_of(target.linear, target.scale_type),
+        head=fold.scheme_of(target.head, target.scale_type),
+        accuracy_level=target.accuracy_level,
     )
-    grids = load_grids(job.run.adapter / GRID_NAME)
+    matrices = job.run.fold(target.name) / fold.MATRICES
+    folded = load_matrices(matrices) if target in fold.grid_targets(job.recipe) else {}
     with folder_aside(job.run.bundle(target.name)) as aside:
         (aside / "onnx").mkdir()
         tensors = quantize_graph(
             job.run.bundle(export.TARGET) / "onnx/model.onnx",
             aside / target.model,
             plan,
-            grids,
+            folded,
             job.on_progress,
         )
         export.describe(job, aside, target=target.name, model=target.model)
-        update(aside, quantization=[asdict(tensor) for tensor in tensors])
+        update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         _add_golden_cases(job, aside)
     weights = sum(t.rows * t.cols for t in tensors)
     return TargetFacts(
         quality, size_bytes(job.run.bundle(target.name)), weights, 8 * sum(t.bytes for t in tensors) / weights
     )
+
+
+def _before(job: Job, target: Target) -> dict[str, Any]:
+    """Quality on the same rows after each stage before this one, for qft.json."""
+    found = {
+        name: asdict(job.facts(kind).quality)  # type: ignore[attr-defined]
+        for name, kind in (
+            ("base", baseline.Facts),
+            ("tuned", tune.Facts),
+            ("merged", merge.Facts),
+            ("exported", export.Facts),
+        )
+        if job.run.record(kind.__module__.rpartition(".")[2])
+    }
+    folded = job.facts(fold.Facts).targets.get(target.name)
+    return found | ({"rounded": asdict(folded.rounded), "folded": asdict(folded.quality)} if folded else {})
 
 
 def _add_golden_cases(job: Job, folder: Path) -> None:

@@ -15,7 +15,7 @@ from qft.files import write_text
 from qft.measure.machine import Machine
 from qft.recipe import Recipe
 from qft.report.summary import Examples, Summary, TargetSize, Training, WaterfallStep
-from qft.stages import baseline, bench, export, merge, prepare, quantize, tune, verify
+from qft.stages import baseline, bench, export, fold, merge, prepare, quantize, tune, verify
 from qft.stages.job import Job
 
 # A report on half a run is still a report: it stands on what there is.
@@ -104,6 +104,9 @@ def _waterfall(job: Job) -> list[WaterfallStep]:
     ):
         if (facts := _maybe(job, kind)) is not None:
             steps.append(WaterfallStep(name, facts.quality))  # type: ignore[attr-defined]
+    if (folded := _maybe(job, fold.Facts)) is not None:
+        for name, target in folded.targets.items():
+            steps += [WaterfallStep("rounded", target.rounded, name), WaterfallStep("folded", target.quality, name)]
     if (shipped := _maybe(job, quantize.Facts)) is not None:
         steps += [WaterfallStep("shipped", facts.quality, name) for name, facts in shipped.targets.items()]
     return steps

@@ -1,4 +1,4 @@
-"""An adapter on the frozen, 4-bit base, trained on the grid that ships: QLoRA (arXiv 2305.14314) inside the rounding."""
+"""An adapter on the frozen, 4-bit base: QLoRA (arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Facts:
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
     return {
-        "quantization": recipe.quantization.model_dump(),
+        "quantization": recipe.quantization.model_dump(exclude={"grid"}),
         "lora": recipe.lora.model_dump(),
         "training": recipe.training.model_dump(),
         "evaluation": recipe.evaluation.model_dump(),
@@ -49,11 +49,8 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best adapter; measure it."""
-    from qft.base_model import load, weight_reader
+    from qft.base_model import load
     from qft.data.tokenizer import TextTokenizer
-    from qft.quant.linear import grids_of, put_on_grid
-    from qft.quant.store import NAME as GRID_NAME
-    from qft.quant.store import save_grids
     from qft.training.loop import train
     from qft.training.lora import attach, trainable
     from qft.training.runner import TorchRunner
@@ -77,19 +74,13 @@ def run(job: Job, fingerprint: str) -> Facts:
         target_modules=recipe.lora.target_modules,
         seed=recipe.training.seed,
     )
-    grids = {}
-    if recipe.quantization.grid != "none":
-        grids = grids_of(
-            model, bits=4, block=recipe.quantization.block, weight_of=weight_reader(folder), on_progress=job.on_progress
-        )
-        put_on_grid(model, grids)
     result = train(
         model,
         job.rows("train"),
         job.rows("validation"),
         _schedule(recipe),
         pad_id=tokenizer.pad_id,
-        folder=job.run.checkpoints,
+        folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,
         on_progress=job.on_progress,
@@ -97,11 +88,9 @@ def run(job: Job, fingerprint: str) -> Facts:
     model.peft_config["default"].base_model_name_or_path = recipe.model  # not this machine's cache
     with folder_aside(job.run.adapter) as aside:
         model.save_pretrained(str(aside))
-        if grids:
-            save_grids(aside / GRID_NAME, grids)
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     quality = job.measure("tune", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer)
-    shutil.rmtree(job.run.checkpoints, ignore_errors=True)
+    shutil.rmtree(job.run.checkpoints / "tune", ignore_errors=True)
     return Facts(
         quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values())
     )

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,16 @@ from torch import Tensor
 from qft.data.encode import Encoded
 from qft.errors import Interrupted, StageError
 from qft.files import sha256_json
+from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
 from qft.training.checkpoint import Position, load_checkpoint, load_parameters, save_checkpoint, save_parameters
 from qft.training.lora import trainable
 from qft.training.runner import prefill
 
 _WINDOW_BATCHES = 8  # rows of this many batches are sorted by length together: little padding, order still random
+
+
+LossOf = Callable[[Any, Sequence[Encoded], int], Tensor]  # (model, rows, pad id) → summed loss
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,9 @@ def plan_batches(lengths: Sequence[int], *, rows_per_step: int, epochs: float, s
         chance.shuffle(order)
         for start in range(0, len(order), rows_per_step * _WINDOW_BATCHES):
             window = sorted(order[start : start + rows_per_step * _WINDOW_BATCHES], key=lengths.__getitem__)
-            batches = [window[i : i + rows_per_step] for i in range(0, len(window), rows_per_step)]
-            chance.shuffle(batches)
-            steps += batches
+            cuts = [window[i : i + rows_per_step] for i in range(0, len(window), rows_per_step)]
+            chance.shuffle(cuts)
+            steps += cuts
         epoch += 1
     return steps[:wanted]
 
@@ -115,10 +119,9 @@ class Validation:
 def validate(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> Validation:
     """Loss and right tokens on held-out rows; leaves the model in training mode."""
     model.eval()
-    order = sorted(rows, key=lambda r: len(r.input_ids))
     loss, right, count = 0.0, 0, sum(sum(r.in_loss) for r in rows)
-    for start in range(0, len(order), batch_size):
-        logits, targets = _target_logits(model, order[start : start + batch_size], pad_id)
+    for batch in batches([len(r.input_ids) for r in rows], batch_size):
+        logits, targets = _target_logits(model, [rows[i] for i in batch], pad_id)
         loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         right += int((logits.argmax(-1) == targets).sum())
     model.train()
@@ -135,10 +138,14 @@ def train(
     folder: Path,
     metrics: Path,
     plan: str,
+    loss_of: LossOf = answer_loss,
+    after_step: Callable[[], None] = lambda: None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
+    loss_of: what is learnt, a sum that is divided by the step's target tokens. after_step: called whenever parameters have
+    changed, so that what a model derives from them is made anew.
     folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
@@ -149,7 +156,7 @@ def train(
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     micro = schedule.batch_size
-    batches = plan_batches(
+    steps = plan_batches(
         [len(r.input_ids) for r in rows],
         rows_per_step=micro * schedule.gradient_accumulation_steps,
         epochs=schedule.epochs,
@@ -159,20 +166,22 @@ def train(
     last, best = folder / "last.safetensors", folder / "best.safetensors"
     torch.manual_seed(schedule.seed)
     at = load_checkpoint(last, parameters, optimizer, plan) or Position(0, 0, 0.0, math.inf, 0)
+    after_step()
     resumed, log = at.step, _MetricsLog(metrics, at.step)
-    evaluate_at = {round(len(batches) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
+    evaluate_at = {round(len(steps) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
     watch = _Watch()
     saved = time.monotonic()
     model.train()
     loss = math.nan
     with _stop_flag() as stopped:
-        for step in range(at.step, len(batches)):
+        for step in range(at.step, len(steps)):
             began = time.monotonic()
-            rate = learning_rate_at(step, len(batches), schedule)
+            rate = learning_rate_at(step, len(steps), schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = [rows[i] for i in batches[step]]
-            loss, norm = _step(model, chosen, micro, optimizer, accelerator, schedule.max_grad_norm, pad_id)
+            chosen = [rows[i] for i in steps[step]]
+            loss, norm = _step(model, chosen, micro, optimizer, accelerator, schedule.max_grad_norm, pad_id, loss_of)
+            after_step()
             tokens = sum(len(r.input_ids) for r in chosen)
             seconds = time.monotonic() - began
             at = Position(step + 1, at.tokens + tokens, at.seconds + seconds, at.best_loss, at.best_step)
@@ -185,7 +194,7 @@ def train(
                 "seconds": round(seconds, 4),
             }
             watch.look(step + 1, loss, norm, rate)
-            if step + 1 in evaluate_at or step + 1 == len(batches):
+            if step + 1 in evaluate_at or step + 1 == len(steps):
                 held_out = validate(model, validation, pad_id, micro)
                 line["validation_loss"] = held_out.loss
                 line["validation_tokens_right_percent"] = held_out.tokens_right_percent
@@ -195,7 +204,7 @@ def train(
             log.add(line)
             on_progress(
                 Progress(
-                    "train", step + 1, len(batches), "steps", f"loss {loss:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
+                    "train", step + 1, len(steps), "steps", f"loss {loss:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
                 )
             )
             if stopped.is_set() or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
@@ -203,13 +212,14 @@ def train(
                 saved = time.monotonic()
             if stopped.is_set():
                 raise Interrupted(
-                    f"stopped at step {at.step} of {len(batches)}; the checkpoint is written",
+                    f"stopped at step {at.step} of {len(steps)}; the checkpoint is written",
                     hint="the same command goes on from there",
                 )
     save_checkpoint(last, parameters, optimizer, at, plan)
     load_parameters(best, parameters)
+    after_step()
     return TrainResult(
-        len(batches),
+        len(steps),
         at.tokens,
         at.seconds,
         at.tokens / max(at.seconds, 1e-9),
@@ -221,13 +231,20 @@ def train(
 
 
 def _step(
-    model: Any, rows: list[Encoded], micro: int, optimizer: Any, accelerator: Any, clip: float, pad_id: int
+    model: Any,
+    rows: list[Encoded],
+    micro: int,
+    optimizer: Any,
+    accelerator: Any,
+    clip: float,
+    pad_id: int,
+    loss_of: LossOf,
 ) -> tuple[float, float]:
     """One optimizer step. The loss is a mean over all target tokens of the step, however it is cut into micro-batches."""
     targets = sum(sum(r.in_loss) for r in rows)
     total = 0.0
     for start in range(0, len(rows), micro):
-        loss = answer_loss(model, rows[start : start + micro], pad_id) / targets
+        loss = loss_of(model, rows[start : start + micro], pad_id) / targets
         accelerator.backward(loss)
         total += loss.item()
     norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)

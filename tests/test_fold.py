@@ -1,0 +1,137 @@
+"""Folding a model onto its grid: the divergence it learns by, that it learns, goes on where it was, and ships what it learnt."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qft.base_model import load
+from qft.data.encode import Encoded
+from qft.errors import Interrupted
+from qft.graph.export_optimum import export_float
+from qft.graph.matmulnbits import GraphPlan, quantize_graph
+from qft.quant.grids import Scheme, dequantize
+from qft.quant.linear import grid_layers
+from qft.training.distill import TOP, TopDivergence, ask_teacher, distillation_loss
+from qft.training.fold import FoldPlan, Lesson, fit, learn
+from qft.training.runner import TorchRunner
+from tests.test_training import PAD, rows
+
+PLAN = FoldPlan(
+    linear=Scheme(4, 32), head=Scheme(8, 64, symmetric=True), tokens=600, steps=60, batch_size=4, learning_rate=3e-4, r=8,
+    seed=0,
+)  # fmt: skip
+
+
+def plain(folder: Path) -> Any:
+    return load(folder, base="none", double_quant=False, compute_dtype="float32")
+
+
+def test_the_divergence_and_its_gradient_are_those_of_float64() -> None:
+    chance = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(6, 200, generator=chance)).requires_grad_()
+    teacher = torch.log_softmax(3 * torch.randn(6, 200, generator=chance), -1)
+    log_p, ids = teacher.topk(20)
+    rest = torch.log1p(-log_p.exp().sum(-1))
+    upstream = torch.rand(6, generator=chance)
+    ours = TopDivergence.apply(logits, ids, log_p, rest)
+    (gradient,) = torch.autograd.grad(ours, logits, upstream)
+    exact = logits.detach().double().requires_grad_()
+    log_q = torch.log_softmax(exact, -1).gather(-1, ids)
+    log_q_rest = torch.log(1 - log_q.exp().sum(-1))
+    p, p_rest = log_p.double().exp(), rest.double().exp()
+    expected = (p * (log_p - log_q)).sum(-1) + p_rest * (rest - log_q_rest)
+    (reference,) = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)  # float32 logarithms of small rests
+    torch.testing.assert_close(gradient.double(), reference, rtol=1e-3, atol=1e-6)
+
+
+def test_all_tokens_kept_it_is_the_whole_divergence() -> None:
+    logits, teacher = torch.randn(4, TOP), torch.log_softmax(torch.randn(4, TOP), -1)
+    log_p, ids = teacher.topk(TOP - 1)
+    found = TopDivergence.apply(logits, ids, log_p, torch.log1p(-log_p.exp().sum(-1)))
+    whole = (teacher.exp() * (teacher - torch.log_softmax(logits, -1))).sum(-1)
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_a_teacher_has_nothing_to_learn_from_itself(tiny_model: Path) -> None:
+    model, batch = plain(tiny_model), rows(6)
+    teacher = ask_teacher(model, batch, PAD)
+    assert len(teacher.ids) == sum(len(row.input_ids) for row in batch)
+    with torch.no_grad():
+        itself = distillation_loss(model, batch, PAD, teacher).item()
+        model.model.layers[0].mlp.up_proj.weight.data *= 1.2
+        other = distillation_loss(model, batch, PAD, teacher).item()
+    assert abs(itself) < 1e-3  # float16 logarithms
+    assert other > 100 * abs(itself)
+
+
+def test_rows_in_a_padded_batch_say_what_they_say_alone(tiny_model: Path) -> None:
+    model, batch = plain(tiny_model), rows(5)
+    teacher = ask_teacher(model, batch, PAD)
+    model.model.layers[0].mlp.up_proj.weight.data *= 1.2
+    with torch.no_grad():
+        together = distillation_loss(model, batch, PAD, teacher)
+        alone = sum(distillation_loss(model, [row], PAD, teacher) for row in batch)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def divergence(model: Any, lesson: Lesson) -> float:
+    with torch.no_grad():
+        return distillation_loss(model.eval(), lesson.rows, PAD, lesson.teacher).item()
+
+
+def folded(folder: Path, scratch: Path, on_progress: Any = lambda _: None) -> tuple[Any, Lesson, float]:
+    model = plain(folder)
+    lesson = fit(model, rows(60), PLAN, pad_id=PAD)
+    before = divergence(model, lesson)
+    learn(model, lesson, rows(6, seed=9), PLAN, pad_id=PAD, folder=scratch, mark="m", on_progress=on_progress)
+    return model, lesson, before
+
+
+def test_learning_brings_it_nearer_to_the_tuned_model(tiny_model: Path, tmp_path: Path) -> None:
+    model, lesson, before = folded(tiny_model, tmp_path)
+    assert 600 <= sum(len(row.input_ids) for row in lesson.rows) < 650
+    assert divergence(model, lesson) < 0.9 * before
+    assert len(dict(grid_layers(model))) == 14
+    moved = [(layer.gain - 1).abs().max().item() for _, layer in grid_layers(model)]
+    assert min(moved) > 0
+
+
+def test_an_interrupted_fold_goes_on_and_ends_with_the_same_codes(tiny_model: Path, tmp_path: Path) -> None:
+    def interrupt(report: Any) -> None:
+        if report.what == "train" and report.done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, _, _ = folded(tiny_model, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        folded(tiny_model, tmp_path / "broken", interrupt)
+    again, _, _ = folded(tiny_model, tmp_path / "broken")
+    for (name, one), (_, other) in zip(grid_layers(whole), grid_layers(again), strict=True):
+        assert torch.equal(one.codes, other.codes), name
+        torch.testing.assert_close(one.gain, other.gain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_file_computes_what_the_folded_model_computes(tiny_model: Path, tmp_path: Path) -> None:
+    from qft.bundle.session import OnnxRunner
+
+    model, _, _ = folded(tiny_model, tmp_path / "fold")
+    matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
+    (tmp_path / "q").mkdir()
+    export_float(tiny_model, tmp_path / "model.onnx", export_task="text-generation-with-past")
+    done = quantize_graph(
+        tmp_path / "model.onnx", tmp_path / "q/model.onnx", GraphPlan(PLAN.linear, PLAN.head, 0), matrices
+    )
+    assert {t.name for t in done} > matrices.keys()
+    held_out: list[Encoded] = rows(4, seed=3)
+    fed = [row.input_ids for row in held_out]
+    ours = TorchRunner(model, PAD).logits(fed, 5)
+    theirs = OnnxRunner(tmp_path / "q/model.onnx", pad_id=PAD).logits(fed, 5)
+    torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=1e-3, atol=1e-3)  # float32 sums
+    name, layer = next(grid_layers(model))
+    assert torch.equal(dequantize(layer.matrix()), dequantize(matrices[name]))

@@ -1,0 +1,85 @@
+"""Fitted rounding: what it must beat, and what must hold of its codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qft.base_model import load
+from qft.quant.fit import decoder_linears, fit_rounding, inputs_watched
+from qft.quant.gptq import quantize_gptq, refit_scales
+from qft.quant.grids import Scheme, dequantize, quantize_nearest, round_to, to_blocks
+
+
+def correlated_inputs(cols: int, seed: int) -> Tensor:
+    """Inputs as layers see them: a few directions carry most of their size."""
+    chance = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols, cols, generator=chance) * torch.linspace(1, 0.02, cols)
+    return torch.randn(4 * cols, cols, generator=chance) @ mix
+
+
+def output_error(weight: Tensor, other: Tensor, inputs: Tensor) -> float:
+    x = inputs.double()
+    return ((x @ (weight - other).double().t()).square().mean() / (x @ weight.double().t()).square().mean()).item()
+
+
+@pytest.mark.parametrize("cols", [96, 90])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(4, 64), Scheme(4, 32, True), Scheme(4, 16, False, torch.float16)]
+)
+def test_outputs_change_less_than_with_nearest_rounding(scheme: Scheme, cols: int) -> None:
+    weight, inputs = torch.randn(40, cols, generator=torch.Generator().manual_seed(1)), correlated_inputs(cols, 2)
+    hessian = inputs.t() @ inputs
+    nearest = dequantize(quantize_nearest(weight, scheme))
+    matrix, latent = quantize_gptq(weight, hessian, scheme)
+    error = output_error(weight, dequantize(matrix), inputs)
+    assert error < 0.6 * output_error(weight, nearest, inputs)
+    gain = refit_scales(weight, matrix, hessian)
+    refit = to_blocks(dequantize(matrix), scheme.block) * gain[..., None]
+    assert output_error(weight, refit.reshape(40, -1)[:, :cols], inputs) < error
+    codes = round_to(to_blocks(latent, scheme.block), matrix.scales, matrix.zero_points, scheme)
+    assert torch.equal(codes, matrix.codes)  # the latent weight is one whose nearest codes these are
+
+
+def test_refit_scales_are_the_least_squares_solution_in_float64() -> None:
+    weight, inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)), correlated_inputs(64, 4)
+    hessian = inputs.t() @ inputs
+    matrix = quantize_nearest(weight, Scheme(4, 32))
+    gain = refit_scales(weight, matrix, hessian)
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(64)
+    factor = torch.linalg.cholesky(damped).t()  # ‖factor e‖² = eᵀ H e
+    for row in range(3):
+        columns = torch.zeros(64, 2, dtype=torch.float64)
+        values = dequantize(matrix)[row].double()
+        columns[:32, 0], columns[32:, 1] = values[:32], values[32:]
+        best = torch.linalg.lstsq(factor @ columns, factor @ weight[row].double()).solution
+        torch.testing.assert_close(
+            gain[row].double(), best, rtol=0.01, atol=0.002
+        )  # a thousandth is kept on the diagonal
+
+
+def test_inputs_nothing_was_fed_are_rounded_all_the_same() -> None:
+    weight = torch.randn(8, 64)
+    matrix, _ = quantize_gptq(weight, torch.zeros(64, 64), Scheme(4, 32))
+    assert output_error(weight, dequantize(matrix), torch.eye(64)) < 0.02
+
+
+def test_watched_inputs_are_those_of_the_layers(tiny_model: Path) -> None:
+    model = load(tiny_model, base="none", double_quant=False, compute_dtype="float32")
+    rows = [torch.randint(3, 300, (1, n)) for n in (9, 14)]
+    seen: dict[str, list[Tensor]] = {}
+    for name, layer in decoder_linears(model).items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0].clone()))
+    with torch.no_grad(), inputs_watched(model) as hessians:
+        for row in rows:
+            model(input_ids=row)
+    assert len(hessians) == 14
+    for name, inputs in seen.items():
+        x = torch.cat(inputs).double()
+        torch.testing.assert_close(hessians[name].double(), x.t() @ x, rtol=1e-4, atol=1e-4)
+    assert hessians["model.layers.0.self_attn.k_proj"] is hessians["model.layers.0.self_attn.q_proj"]
+    fitted = fit_rounding(model, hessians, Scheme(4, 32))
+    assert fitted.keys() == hessians.keys()
