@@ -16,7 +16,7 @@ from qft import __version__
 COMMANDS = {
     "run": ("stages", "Do everything a recipe asks for: tune, merge, export, quantize, verify, bench, report."),
     "tune": ("stages", "Train an adapter on the 4-bit base."),
-    "merge": ("stages", "Merge the adapter into the base, the better of two ways."),
+    "merge": ("stages", "Merge the adapter into the base; two ways are measured."),
     "fold": ("stages", "Bring the merged model onto the grid that ships."),
     "export": ("stages", "Make the verified bundle (--float: the plain ONNX)."),
     "quantize": ("stages", "Put every target's grid into the graph."),

@@ -91,7 +91,7 @@ tune_command = _stage_command(
     ["tune", "baseline"], "Train an adapter on the 4-bit base, and measure base and tuned model."
 )
 merge_command = _stage_command(
-    ["merge"], "Merge the adapter into the base: both ways are measured, the better one is kept."
+    ["merge"], "Merge the adapter into the base: both ways are measured, the 16-bit one must be clearly better."
 )
 fold_command = _stage_command(
     ["fold"],

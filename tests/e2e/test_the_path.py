@@ -253,7 +253,8 @@ def test_both_ways_of_merging_are_measured(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft merge recipe.yaml name=plain training.epochs=1 --json"))
     losses = found["merge"]["validation_losses"]
     assert set(losses) == {"16-bit base", "dequantized 4-bit base"}
-    assert losses[found["merge"]["way"]] == min(losses.values())
+    clearly = losses["16-bit base"] < 0.9 * losses["dequantized 4-bit base"]
+    assert found["merge"]["way"] == ("16-bit base" if clearly else "dequantized 4-bit base")
     config = json.loads((finished / "runs/plain/merged/config.json").read_text())
     assert config["tie_word_embeddings"]
     from safetensors import safe_open
