@@ -14,7 +14,7 @@ from qft import __version__
 
 # name → (module of qft.cli, help line); a command is a function of that module named NAME_command.
 COMMANDS = {
-    "run": ("stages", "Do everything a recipe asks for: tune, merge, export, quantize, verify, bench, report."),
+    "run": ("stages", "Do everything a recipe asks for: tune, merge, fold, export, quantize, verify, bench, report."),
     "tune": ("stages", "Train an adapter on the 4-bit base."),
     "merge": ("stages", "Merge the adapter into the base; two ways are measured."),
     "fold": ("stages", "Bring the merged model onto the grid that ships."),

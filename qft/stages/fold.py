@@ -98,13 +98,13 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         r=keys.r,
         seed=recipe.training.seed,
     )
-    teacher = fit(model, job.rows("train"), plan, pad_id=tokenizer.pad_id, on_progress=job.on_progress)
+    lesson = fit(model, job.rows("train"), plan, pad_id=tokenizer.pad_id, on_progress=job.on_progress)
     runner = TorchRunner(model, tokenizer.pad_id)
     rounded = job.measure(f"round-{target.name}", runner, tokenizer)
     folder = job.run.checkpoints / f"fold-{target.name}"
     result = learn(
         model,
-        teacher,
+        lesson,
         job.rows("validation"),
         plan,
         pad_id=tokenizer.pad_id,
