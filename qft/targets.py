@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qft.errors import InputError, Problem
 from qft.paths import shipped
 from qft.recipe_yaml import read_yaml
+
+if TYPE_CHECKING:
+    from qft.quant.grids import Grids
 
 
 class Weights(BaseModel):
@@ -29,6 +33,8 @@ class Target(BaseModel):
     name: str
     suffix: str
     linear: Weights = Field(description="linear layers")
+    fine: Weights | None = Field(None, description="those linear layers that `linear` hurts most, if folding finds them")
+    most_bits: float = Field(math.inf, description="a weight, over all linear layers: how many of them may be fine")
     head: Weights = Field(description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")
@@ -37,6 +43,18 @@ class Target(BaseModel):
     def model(self) -> str:
         """The ONNX file inside the bundle."""
         return f"onnx/model_{self.suffix}.onnx"
+
+    @property
+    def grids(self) -> Grids:
+        """The profile's words as the quantizer takes them."""
+        import torch
+
+        from qft.quant.grids import Grids, Scheme
+
+        kind = getattr(torch, self.scale_type)
+        linear, head = (Scheme(w.bits, w.block, w.symmetric, kind) for w in (self.linear, self.head))
+        fine = self.fine and Scheme(self.fine.bits, self.fine.block, self.fine.symmetric, kind)
+        return Grids(linear, head, fine, self.most_bits)
 
 
 def find_target(name: str) -> Target:

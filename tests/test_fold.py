@@ -15,7 +15,7 @@ from qft.data.encode import Encoded
 from qft.errors import Interrupted
 from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
-from qft.quant.grids import Scheme, dequantize
+from qft.quant.grids import Grids, Scheme, dequantize
 from qft.quant.linear import grid_layers
 from qft.training.distill import TOP, TopDivergence, ask_teacher, distillation_loss
 from qft.training.fold import FoldPlan, Lesson, fit, learn
@@ -23,8 +23,8 @@ from qft.training.runner import TorchRunner
 from tests.test_training import PAD, rows
 
 PLAN = FoldPlan(
-    linear=Scheme(4, 32), head=Scheme(8, 64, symmetric=True), tokens=600, steps=60, batch_size=4, learning_rate=3e-4, r=8,
-    seed=0,
+    grids=Grids(Scheme(4, 32), head=Scheme(8, 64, symmetric=True), fine=Scheme(8, 32, symmetric=True), most_bits=5.5),
+    tokens=600, steps=60, batch_size=4, learning_rate=3e-4, r=8, seed=0,
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_the_file_computes_what_the_folded_model_computes(tiny_model: Path, tmp_
     (tmp_path / "q").mkdir()
     export_float(tiny_model, tmp_path / "model.onnx", export_task="text-generation-with-past")
     done = quantize_graph(
-        tmp_path / "model.onnx", tmp_path / "q/model.onnx", GraphPlan(PLAN.linear, PLAN.head, 0), matrices
+        tmp_path / "model.onnx", tmp_path / "q/model.onnx", GraphPlan(PLAN.grids, 0), matrices
     )
     assert {t.name for t in done} > matrices.keys()
     held_out: list[Encoded] = rows(4, seed=3)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qft.quant.grids import Quantized, Scheme, dequantize, pack, quantize_nearest, stored_bytes, unpack
+from qft.quant.grids import Quantized, Scheme, dequantize, pack, quantize_nearest, unpack
 from qft.quant.store import load_matrices, save_matrices
 
 INT4 = Scheme(4, 32)
@@ -159,7 +159,16 @@ def test_matrices_come_back_from_the_disk(
     ],
 )
 def test_stored_bytes_count_codes_scales_and_zero_points(scheme: Scheme, expected: int) -> None:
-    assert stored_bytes(quantize_nearest(torch.randn(64, 128), scheme)) == expected
+    assert scheme.stored_bytes(64, 128) == expected
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 64), Scheme(4, 32, symmetric=True), Scheme(8, 128)])
+def test_stored_bytes_of_ragged_columns_are_those_of_the_packed_arrays(scheme: Scheme) -> None:
+    matrix = quantize_nearest(torch.randn(5, 200), scheme)
+    parts = [pack(matrix.codes, scheme.bits), matrix.scales]
+    if not scheme.symmetric:
+        parts.append(pack(matrix.zero_points, scheme.bits))
+    assert scheme.stored_bytes(5, 200) == sum(part.nbytes for part in parts)
 
 
 def test_576_columns_in_blocks_of_64_and_128_are_padded_as_onnxruntime_wants() -> None:

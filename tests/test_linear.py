@@ -17,7 +17,7 @@ def layer_on(scheme: Scheme, rows: int = 24, cols: int = 80, seed: int = 0) -> G
     chance = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, cols, generator=chance)
     matrix = quantize_nearest(weight, scheme)
-    layer = GridLinear(Fitted(matrix, weight.half(), torch.ones(matrix.scales.shape)), None, r=4, alpha=8.0, seed=seed)
+    layer = GridLinear(Fitted(matrix, weight.half(), torch.ones(matrix.scales.shape)), None, r=4, seed=seed)
     torch.nn.init.normal_(layer.b, std=0.05, generator=chance)
     torch.nn.init.normal_(layer.gain, mean=1.0, std=0.05, generator=chance)
     layer.round_again()
@@ -28,7 +28,7 @@ def through_autograd(layer: GridLinear, x: Tensor, *, mask: bool) -> tuple[Tenso
     """y and the gradients of its sum of squares for x, gain, a, b: the formula in float64, rounding passed straight through."""
     x, gain, a, b = (t.detach().double().requires_grad_() for t in (x, layer.gain, layer.a, layer.b))
     scales, zeros = layer.scales.double()[..., None], layer.zero_points.double()[..., None]
-    moved = layer.latent.double() + layer.alpha * b @ a
+    moved = layer.latent.double() + b @ a
     padded = torch.nn.functional.pad(moved, (0, -layer.in_features % layer.scheme.block))
     real = padded.reshape(len(moved), -1, layer.scheme.block) / scales
     rounded = real + (real.round() - real).detach()

@@ -13,7 +13,7 @@ import torch
 
 from qft.errors import StageError
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
-from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest, unpack
+from qft.quant.grids import Grids, Quantized, Scheme, dequantize, quantize_nearest, unpack
 
 TEXT = """
 <ir_version: 9, opset_import: ["" : 18]>
@@ -25,7 +25,7 @@ tied (int64[1, T] ids) => (float[1, T, 96] logits) {
     logits = MatMul (h, t)
 }
 """
-PLAN = GraphPlan(linear=Scheme(4, 32), head=Scheme(8, 64, symmetric=True), accuracy_level=0)
+PLAN = GraphPlan(Grids(Scheme(4, 32), head=Scheme(8, 64, symmetric=True)), accuracy_level=0)
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def test_the_graph_computes_with_the_dequantized_weights(
     source, embed, w = tied
     done = quantize_graph(source, tmp_path / "q.onnx", PLAN, {})
     ids = np.random.default_rng(0).integers(0, 96, (1, 7))
-    e8 = dequantize(quantize_nearest(embed, PLAN.head))
-    w4 = dequantize(quantize_nearest(w.t(), PLAN.linear))
+    e8 = dequantize(quantize_nearest(embed, PLAN.grids.head))
+    w4 = dequantize(quantize_nearest(w.t(), PLAN.grids.linear))
     expected = torch.relu(e8[torch.from_numpy(ids)] @ w4.t()) @ e8.t()
     np.testing.assert_allclose(
         run(tmp_path / "q.onnx", ids), expected.numpy(), rtol=1e-4, atol=1e-3
@@ -88,7 +88,7 @@ def test_a_folded_matrix_is_in_the_file_code_for_code(
 ) -> None:
     name = "model.layers.0.up_proj"
     other = quantize_nearest(
-        torch.randn(64, 64), PLAN.linear
+        torch.randn(64, 64), PLAN.grids.linear
     )  # nothing that could be found from the graph's own weight
     done = quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {name: other})
     assert done[1].name == name
@@ -98,7 +98,7 @@ def test_a_folded_matrix_is_in_the_file_code_for_code(
     assert np.array_equal(scales, other.scales)
     assert np.array_equal(unpack(torch.from_numpy(zeros.copy()), 4, 2), other.zero_points)
     ids = np.random.default_rng(1).integers(0, 96, (1, 7))
-    e8 = dequantize(quantize_nearest(tied[1], PLAN.head))
+    e8 = dequantize(quantize_nearest(tied[1], PLAN.grids.head))
     expected = torch.relu(e8[torch.from_numpy(ids)] @ dequantize(other).t()) @ e8.t()
     np.testing.assert_allclose(run(tmp_path / "q.onnx", ids), expected.numpy(), rtol=1e-4, atol=1e-3)
 
@@ -106,7 +106,7 @@ def test_a_folded_matrix_is_in_the_file_code_for_code(
 def test_a_folded_matrix_without_a_place_is_an_error(
     tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
-    matrix: Quantized = quantize_nearest(torch.randn(64, 64), PLAN.linear)
+    matrix: Quantized = quantize_nearest(torch.randn(64, 64), PLAN.grids.linear)
     with pytest.raises(StageError, match="no layer model.layers.7"):
         quantize_graph(tied[0], tmp_path / "q.onnx", PLAN, {"model.layers.7.up_proj": matrix})
 

@@ -16,17 +16,16 @@ import torch
 
 from qft.errors import StageError
 from qft.progress import OnProgress, Progress, silent
-from qft.quant.grids import Quantized, Scheme, dequantize, pack, quantize_nearest, stored_bytes
+from qft.quant.grids import Grids, Quantized, dequantize, pack, quantize_nearest
 
 _DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What a deployment profile asks of the graph: of its linear layers, of embedding and head, of the kernel."""
+    """What a deployment profile asks of the graph: the grids of its weights, and of the kernel."""
 
-    linear: Scheme
-    head: Scheme
+    grids: Grids
     accuracy_level: int
 
 
@@ -48,7 +47,7 @@ def quantize_graph(
 ) -> list[QuantizedTensor]:
     """Write `target` (and `target`'s name + `_data`) from the float graph `source`; returns what was quantized.
 
-    folded: layer name → the matrix that training left on the plan's own grid, put into the graph as it is. Every other
+    folded: layer name → the matrix that folding left on one of the plan's grids, put into the graph as it is. Every other
     weight is rounded to the nearest point of its grid. Raises StageError if the graph holds no weight to quantize, or none
     for a folded matrix.
     """
@@ -114,7 +113,7 @@ def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, 
     assert table.name is not None
     assert values is not None
     weight = _tensor(values)
-    matrix = quantize_nearest(weight, plan.head)
+    matrix = quantize_nearest(weight, plan.grids.head)
     stored = _store(graph, table.name, matrix)
     # GatherBlockQuantized wants the codes as a matrix, MatMulNBits as (rows, blocks, bytes): one array in the file, and
     # a Reshape (folded when the session is made) for the reader that wants the other shape.
@@ -124,7 +123,7 @@ def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, 
         "GatherBlockQuantized",
         [flat.outputs[0], gather.inputs[1], *stored[1:]],
         domain=_DOMAIN,
-        attributes={"bits": plan.head.bits, "block_size": plan.head.block, "gather_axis": 0, "quantize_axis": 1},
+        attributes={"bits": plan.grids.head.bits, "block_size": plan.grids.head.block, "gather_axis": 0, "quantize_axis": 1},
     )
     _replace(graph, gather, [flat, read])
     if head is not None:
@@ -137,7 +136,7 @@ def _quantize_matmul(graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: di
     assert values is not None
     weight, name = _tensor(values.T), _layer_name(node)
     # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
-    matrix = folded.get(name) or quantize_nearest(weight, plan.head if _is_head(graph, node) else plan.linear)
+    matrix = folded.get(name) or quantize_nearest(weight, plan.grids.head if _is_head(graph, node) else plan.grids.linear)
     _replace(graph, node, [_matmulnbits(node.inputs[0], _store(graph, name, matrix), matrix, plan)])
     return _record(name, weight, matrix)
 
@@ -210,6 +209,6 @@ def _record(name: str, weight: torch.Tensor, matrix: Quantized) -> QuantizedTens
         matrix.cols,
         matrix.scheme.bits,
         matrix.scheme.block,
-        stored_bytes(matrix),
+        matrix.scheme.stored_bytes(matrix.codes.shape[0], matrix.cols),
         error,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.gptq import quantize_gptq, refit_scales
-from qft.quant.grids import Quantized, Scheme
+from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,38 @@ def inputs_watched(model: Any) -> Iterator[dict[str, Tensor]]:
 def fit_rounding(
     model: Any, hessians: dict[str, Tensor], scheme: Scheme, *, on_progress: OnProgress = silent
 ) -> dict[str, Fitted]:
-    """Round every watched layer of a model, which stays as it is. hessians: from `inputs_watched`."""
+    """Round every watched layer of a model, which stays as it is. hessians: from `inputs_watched`.
+
+    Layers of one input (query, key and value; gate and up) are rounded as one matrix: they share the inverse.
+    """
     linears = decoder_linears(model)
+    groups: dict[int, list[str]] = {}
+    for name in linears:
+        groups.setdefault(id(hessians[name]), []).append(name)
     found = {}
-    for number, (name, linear) in enumerate(linears.items()):
-        on_progress(Progress("fit the rounding", number, len(linears), "matrices"))
-        weight = linear.weight.float()
-        matrix, latent = quantize_gptq(weight, hessians[name], scheme)
-        found[name] = Fitted(matrix, latent.half(), refit_scales(weight, matrix, hessians[name]))
-    return found
+    for names in groups.values():
+        on_progress(Progress("fit the rounding", len(found), len(linears), "matrices"))
+        hessian, weights = hessians[names[0]], [linears[name].weight.float() for name in names]
+        whole = torch.cat(weights)
+        matrix, latent = quantize_gptq(whole, hessian, scheme)
+        gain = refit_scales(whole, matrix, hessian)
+        start = 0
+        for name, weight in zip(names, weights, strict=True):
+            rows = slice(start, start + len(weight))
+            found[name] = Fitted(matrix.rows(rows), latent[rows].half(), gain[rows])
+            start = rows.stop
+    return {name: found[name] for name in linears}
+
+
+@torch.no_grad()
+def fit_nearest(weight: Tensor, scheme: Scheme) -> Fitted:
+    """Rounded to nearest, for a grid so fine that nothing needs fitting."""
+    matrix = quantize_nearest(weight, scheme)
+    return Fitted(matrix, weight.half(), torch.ones_like(matrix.scales, dtype=torch.float32))
+
+
+@torch.no_grad()
+def dense(fitted: Fitted) -> Tensor:
+    """float32 (rows, cols): the weight as it now stands on its grid."""
+    matrix = fitted.matrix
+    return dequantize(replace(matrix, scales=matrix.scales.float() * fitted.gain))

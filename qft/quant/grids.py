@@ -6,6 +6,7 @@ point, and a weight is `scale * (code - zero_point)` with codes in 0 … 2^bits 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -34,6 +35,26 @@ class Scheme:
         """The largest code."""
         return 2**self.bits - 1
 
+    def stored_bytes(self, rows: int, cols: int) -> int:
+        """Bytes that packed codes, scales and zero points (where they are stored) of a matrix take in a file."""
+        blocks = -(-cols // self.block)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * self.block * self.bits // 8 + blocks * self.scale_type.itemsize + zeros)
+
+
+@dataclass(frozen=True)
+class Grids:
+    """What a target stores its weights on. head: embedding and head.
+
+    fine: of those linear layers that the coarser grid would hurt most, as many as keep the mean over all linear layers
+    within most_bits a weight; None: every linear layer is on `linear`.
+    """
+
+    linear: Scheme
+    head: Scheme
+    fine: Scheme | None = None
+    most_bits: float = math.inf
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -48,6 +69,11 @@ class Quantized:
     zero_points: Tensor
     cols: int
     scheme: Scheme
+
+    def rows(self, some: slice) -> Quantized:
+        """Some rows of the matrix, copied."""
+        parts = (t[some].clone() for t in (self.codes, self.scales, self.zero_points))
+        return Quantized(*parts, self.cols, self.scheme)
 
 
 def to_blocks(weight: Tensor, block: int) -> Tensor:
@@ -123,12 +149,3 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed
     pairs = torch.stack((packed & 0xF, packed >> 4), dim=-1)
     return pairs.reshape(*packed.shape[:-1], -1)[..., :count]
-
-
-def stored_bytes(matrix: Quantized) -> int:
-    """Bytes the packed codes, scales and zero points (where they are stored) take in a file."""
-    bits = matrix.scheme.bits
-    parts = [pack(matrix.codes, bits), matrix.scales]
-    if not matrix.scheme.symmetric:
-        parts.append(pack(matrix.zero_points, bits))
-    return sum(part.numel() * part.element_size() for part in parts)

@@ -1,6 +1,6 @@
 """A linear layer whose weight lies on the grid that ships, and what may learn there.
 
-    W = gain · s · (clamp(round((L + α·B·A) / s) + z, 0, 2^bits - 1) - z)
+    W = gain · s · (clamp(round((L + B·A) / s) + z, 0, 2^bits - 1) - z)
 
 L is the weight before its rounding, s and z are the scales and zero points found for it. The adapter A, B inside the rounding
 moves codes (as in L4Q, arXiv 2402.04902, and LR-QAT, arXiv 2406.06385), `gain` the scale of each block (as in EfficientQAT,
@@ -27,12 +27,12 @@ class GridLinear(torch.nn.Module):
     float16. What learns: gain, float32 (rows, k_blocks), and the float32 adapter of rank r.
     """
 
-    def __init__(self, fitted: Fitted, bias: Tensor | None, *, r: int, alpha: float, seed: int) -> None:
+    def __init__(self, fitted: Fitted, bias: Tensor | None, *, r: int, seed: int) -> None:
         super().__init__()
         matrix, (rows, cols) = fitted.matrix, fitted.latent.shape
         chance = torch.Generator().manual_seed(seed)
         self.scheme: Scheme = matrix.scheme
-        self.in_features, self.out_features, self.alpha = cols, rows, alpha / r
+        self.in_features, self.out_features = cols, rows
         self.latent, self.bias = fitted.latent, bias
         self.codes, self.zero_points = matrix.codes, matrix.zero_points
         self.scales = matrix.scales.float()
@@ -52,7 +52,7 @@ class GridLinear(torch.nn.Module):
     @torch.no_grad()
     def round_again(self) -> None:
         """Codes for the adapter as it now is. To be called after every optimizer step."""
-        moved = torch.addmm(self.latent.float(), self.b, self.a, alpha=self.alpha)
+        moved = torch.addmm(self.latent.float(), self.b, self.a)
         steps = to_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
         self.codes = steps.add_(self.zero_points[..., None]).clamp_(0, self.scheme.top).to(torch.uint8)
 
@@ -87,7 +87,7 @@ class _OnGrid(torch.autograd.Function):
         blocks = to_blocks(of_weight, layer.scheme.block)
         grad_gain = steps.mul_(blocks).sum(-1).mul_(layer.scales)
         moved = blocks.mul_(gain[..., None]).reshape(len(blocks), -1)[:, : layer.in_features]
-        return grad_x, grad_gain, layer.alpha * (b.t() @ moved), layer.alpha * (moved @ a.t()), None
+        return grad_x, grad_gain, b.t() @ moved, moved @ a.t(), None
 
 
 def _dense(layer: GridLinear, steps: Tensor, gain: Tensor) -> Tensor:
@@ -96,14 +96,14 @@ def _dense(layer: GridLinear, steps: Tensor, gain: Tensor) -> Tensor:
     return blocks.reshape(len(blocks), -1)[:, : layer.in_features]
 
 
-def put_on_grid(model: Any, fitted: dict[str, Fitted], *, r: int, alpha: float, seed: int) -> None:
+def put_on_grid(model: Any, fitted: dict[str, Fitted], *, r: int, seed: int) -> None:
     """Replace the named linear layers of a model; everything else is frozen."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for number, (name, found) in enumerate(fitted.items()):
         old = model.get_submodule(name)
         bias = None if old.bias is None else old.bias.detach()
-        new = GridLinear(found, bias, r=r, alpha=alpha, seed=seed + number)
+        new = GridLinear(found, bias, r=r, seed=seed + number)
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,43 +16,30 @@ from qft.quant.grids import Quantized, Scheme, pack, unpack
 
 
 def save_matrices(path: Path, matrices: dict[str, Quantized]) -> None:
-    """Every matrix under its layer's name; they share one scheme, which stands in the file's metadata."""
-    scheme = next(iter(matrices.values())).scheme
+    """Every matrix under its layer's name; their schemes stand in the file's metadata."""
     tensors: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
-        tensors[f"{name}.codes"] = pack(matrix.codes, scheme.bits)
+        tensors[f"{name}.codes"] = pack(matrix.codes, matrix.scheme.bits)
         tensors[f"{name}.scales"] = matrix.scales
-        tensors[f"{name}.zero_points"] = pack(matrix.zero_points, scheme.bits)
-        tensors[f"{name}.cols"] = torch.tensor(matrix.cols)
-    about = {
-        "bits": str(scheme.bits),
-        "block": str(scheme.block),
-        "symmetric": str(int(scheme.symmetric)),
-        "scale_type": str(scheme.scale_type).removeprefix("torch."),
-    }
+        tensors[f"{name}.zero_points"] = pack(matrix.zero_points, matrix.scheme.bits)
+    about = {name: json.dumps({"cols": m.cols, **_as_words(m.scheme)}) for name, m in matrices.items()}
     write_bytes(path, save({name: t.contiguous().cpu() for name, t in tensors.items()}, about))
 
 
 def load_matrices(path: Path) -> dict[str, Quantized]:
     """Undo `save_matrices`."""
     with safe_open(path, "pt") as file:
-        about = file.metadata()
-        scheme = Scheme(
-            int(about["bits"]),
-            int(about["block"]),
-            symmetric=about["symmetric"] == "1",
-            scale_type=getattr(torch, about["scale_type"]),
-        )
-        names = [key.removesuffix(".codes") for key in file.keys() if key.endswith(".codes")]  # noqa: SIM118 - not a dict
-        return {name: _read(file, name, scheme) for name in names}
+        return {name: _read(file, name, json.loads(words)) for name, words in file.metadata().items()}
 
 
-def _read(file: safe_open, name: str, scheme: Scheme) -> Quantized:
-    codes, scales = file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales")
+def _as_words(scheme: Scheme) -> dict[str, Any]:
+    return {**vars(scheme), "scale_type": str(scheme.scale_type).removeprefix("torch.")}
+
+
+def _read(file: safe_open, name: str, words: dict[str, Any]) -> Quantized:
+    cols = words.pop("cols")
+    scheme = Scheme(**{**words, "scale_type": getattr(torch, words["scale_type"])})
+    codes, scales, zeros = (file.get_tensor(f"{name}.{part}") for part in ("codes", "scales", "zero_points"))
     return Quantized(
-        unpack(codes, scheme.bits, scheme.block),
-        scales,
-        unpack(file.get_tensor(f"{name}.zero_points"), scheme.bits, scales.shape[1]),
-        int(file.get_tensor(f"{name}.cols")),
-        scheme,
+        unpack(codes, scheme.bits, scheme.block), scales, unpack(zeros, scheme.bits, scales.shape[1]), cols, scheme
     )

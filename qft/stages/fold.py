@@ -89,8 +89,7 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         longest=recipe.training.max_length,
     )
     plan = FoldPlan(
-        linear=scheme_of(target.linear, target.scale_type),
-        head=scheme_of(target.head, target.scale_type),
+        grids=target.grids,
         tokens=keys.tokens,
         steps=keys.steps,
         batch_size=recipe.training.batch_size,
@@ -126,12 +125,3 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         result.best_step if result else 0,
         clamped,
     )
-
-
-def scheme_of(weights: Any, scale_type: str) -> Any:
-    """A profile's words as the quantizer takes them."""
-    import torch
-
-    from qft.quant.grids import Scheme
-
-    return Scheme(weights.bits, weights.block, weights.symmetric, getattr(torch, scale_type))

@@ -62,11 +62,6 @@ def _ship(job: Job, target: Target) -> TargetFacts:
     from qft.graph.matmulnbits import GraphPlan, quantize_graph
     from qft.quant.store import load_matrices
 
-    plan = GraphPlan(
-        linear=fold.scheme_of(target.linear, target.scale_type),
-        head=fold.scheme_of(target.head, target.scale_type),
-        accuracy_level=target.accuracy_level,
-    )
     matrices = job.run.fold(target.name) / fold.MATRICES
     folded = load_matrices(matrices) if target in fold.grid_targets(job.recipe) else {}
     with folder_aside(job.run.bundle(target.name)) as aside:
@@ -74,7 +69,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         tensors = quantize_graph(
             job.run.bundle(export.TARGET) / "onnx/model.onnx",
             aside / target.model,
-            plan,
+            GraphPlan(target.grids, target.accuracy_level),
             folded,
             job.on_progress,
         )

@@ -13,23 +13,23 @@ from typing import Any
 from qft.data.encode import Encoded
 from qft.errors import StageError
 from qft.progress import OnProgress, silent
-from qft.quant.fit import fit_rounding, inputs_watched
-from qft.quant.grids import Scheme, dequantize, quantize_nearest
+from qft.quant.fit import Fitted, fit_nearest, fit_rounding, inputs_watched
+from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
+from qft.quant.sensitivity import choose_fine, divergences
 from qft.training.distill import Teacher, ask_teacher, distillation_loss
 from qft.training.loop import Schedule, TrainResult, train
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """linear, head: grids of the linear layers, and of embedding and head.
+    """grids: what the target stores weights on.
 
     tokens: of the training rows that rounding is fitted on and the teacher is asked about. steps: of learning, batch_size
     rows each; 0: fitted rounding alone. r: rank of the adapter inside the rounding.
     """
 
-    linear: Scheme
-    head: Scheme
+    grids: Grids
     tokens: int
     steps: int
     batch_size: int
@@ -53,10 +53,20 @@ def fit(
     chosen = _draw(rows, plan.tokens, plan.seed)
     with inputs_watched(model) as hessians:
         teacher = ask_teacher(model, chosen, pad_id, on_progress=on_progress)
-    fitted = fit_rounding(model, hessians, plan.linear, on_progress=on_progress)
-    put_on_grid(model, fitted, r=plan.r, alpha=plan.r, seed=plan.seed)
-    _round_head(model, plan.head)
+    fitted = fit_rounding(model, hessians, plan.grids.linear, on_progress=on_progress)
+    if plan.grids.fine is not None:
+        hurt = divergences(model, chosen, fitted, pad_id=pad_id, seed=plan.seed, on_progress=on_progress)
+        _refine(model, fitted, hurt, plan.grids.fine, plan.grids.most_bits)
+    put_on_grid(model, fitted, r=plan.r, seed=plan.seed)
+    _round_head(model, plan.grids.head)
     return Lesson(chosen, teacher)
+
+
+def _refine(model: Any, fitted: dict[str, Fitted], hurt: dict[str, float], fine: Scheme, most_bits: float) -> None:
+    shapes = {name: (len(found.latent), found.matrix.cols) for name, found in fitted.items()}
+    coarse = next(iter(fitted.values())).matrix.scheme
+    for name in choose_fine(hurt, shapes, coarse, fine, most_bits):
+        fitted[name] = fit_nearest(model.get_submodule(name).weight, fine)
 
 
 def learn(
