@@ -125,7 +125,9 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
 def nearest(place: Place, kind: str) -> dict[str, Any]:
     """The merged model rounded to nearest, blocks of 32: what everyone ships, at the same bits a weight."""
     grids = replace(find_target(TARGET).grids, linear=Scheme(4, 32), fine=None)
-    return _ship(place, f"nearest-{kind}", {}, grids) | {"total_seconds": _record(place, f"lora-{kind}")["train_seconds"]}
+    return _ship(place, f"nearest-{kind}", {}, grids) | {
+        "total_seconds": _record(place, f"lora-{kind}")["train_seconds"]
+    }
 
 
 def fold(place: Place, kind: str) -> dict[str, Any]:

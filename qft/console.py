@@ -160,7 +160,9 @@ def _waterfall_table(summary: Summary) -> Table:
     first = summary.waterfall[0].quality
     labels = first.accuracy_percent is not None
     names = ["exactly right", "a label", "ended", "prefers right"] if labels else ["perplexity", "tokens right"]
-    table = _table(f"{summary.name}: {first.rows} held-out rows after every stage", ["stage", *names, "loss"])
+    table = _table(
+        f"{summary.name}: {first.rows} held-out rows after every stage", ["stage", *names, "loss", "KL to tuned"]
+    )
     for step in summary.waterfall:
         quality = step.quality
         shares = [quality.accuracy_percent, quality.label_percent, quality.ended_percent, quality.preferred_percent]
@@ -169,6 +171,7 @@ def _waterfall_table(summary: Summary) -> Table:
             f"{step.stage} ({step.target})" if step.target else step.stage,
             *(map(percent, shares) if labels else values),
             f"{quality.loss:.3f}",
+            f"{quality.agreement.kl:.4f}" if quality.agreement else "–",
             style="bold" if step.stage == "shipped" else "",
         )
     return table

@@ -80,6 +80,11 @@ class RunFolder:
         """A stage's answer to every held-out row, one JSON line each."""
         return self.root / "answers" / f"{stage}.jsonl"
 
+    @property
+    def tuned_said(self) -> Path:
+        """What the tuned model said at every held-out target."""
+        return self.root / "answers" / "tuned.npz"
+
     def bundle(self, target: str) -> Path:
         """A target's bundle; `float` is the plain ONNX export."""
         return self.root / "bundles" / target

@@ -33,7 +33,9 @@ class Target(BaseModel):
     name: str
     suffix: str
     linear: Weights = Field(description="linear layers")
-    fine: Weights | None = Field(None, description="those linear layers that `linear` hurts most, if folding finds them")
+    fine: Weights | None = Field(
+        None, description="those linear layers that `linear` hurts most, if folding finds them"
+    )
     most_bits: float = Field(math.inf, description="a weight, over all linear layers: how many of them may be fine")
     head: Weights = Field(description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
@@ -52,9 +54,12 @@ class Target(BaseModel):
         from qft.quant.grids import Grids, Scheme
 
         kind = getattr(torch, self.scale_type)
-        linear, head = (Scheme(w.bits, w.block, w.symmetric, kind) for w in (self.linear, self.head))
-        fine = self.fine and Scheme(self.fine.bits, self.fine.block, self.fine.symmetric, kind)
-        return Grids(linear, head, fine, self.most_bits)
+
+        def scheme(weights: Weights) -> Scheme:
+            return Scheme(weights.bits, weights.block, weights.symmetric, kind)
+
+        fine = None if self.fine is None else scheme(self.fine)
+        return Grids(scheme(self.linear), scheme(self.head), fine, self.most_bits)
 
 
 def find_target(name: str) -> Target:

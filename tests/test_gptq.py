@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from qft.base_model import load
 from qft.quant.fit import decoder_linears, fit_rounding, inputs_watched
-from qft.quant.gptq import quantize_gptq, refit_scales
+from qft.quant.gptq import quantize_gptq, refit_scales, revisit
 from qft.quant.grids import Scheme, dequantize, quantize_nearest, round_to, to_blocks
 
 
@@ -40,8 +41,32 @@ def test_outputs_change_less_than_with_nearest_rounding(scheme: Scheme, cols: in
     gain = refit_scales(weight, matrix, hessian)
     refit = to_blocks(dequantize(matrix), scheme.block) * gain[..., None]
     assert output_error(weight, refit.reshape(40, -1)[:, :cols], inputs) < error
-    codes = round_to(to_blocks(latent, scheme.block), matrix.scales, matrix.zero_points, scheme)
-    assert torch.equal(codes, matrix.codes)  # the latent weight is one whose nearest codes these are
+    again, visited = revisit(weight, matrix, hessian)
+    assert output_error(weight, dequantize(again), inputs) <= error * 1.001  # the visit's own form is damped
+    for found, of in ((matrix, latent), (again, visited)):  # a latent weight is one whose nearest codes these are
+        codes = round_to(to_blocks(of, scheme.block), found.scales, found.zero_points, scheme)
+        assert torch.equal(codes, found.codes)
+
+
+def test_no_single_code_could_be_better_after_many_visits() -> None:
+    weight, inputs = torch.randn(4, 40, generator=torch.Generator().manual_seed(5)), correlated_inputs(40, 6)
+    hessian = (inputs.t() @ inputs).double()
+    matrix = quantize_nearest(weight, Scheme(4, 16))
+    for _ in range(30):
+        matrix, _ = revisit(weight, matrix, hessian)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(40)
+
+    def error(codes: Tensor) -> Tensor:
+        d = (dequantize(replace(matrix, codes=codes)) - weight).double()
+        return (d @ damped * d).sum(-1)
+
+    least = error(matrix.codes)
+    for column in range(40):
+        for step in (-1, 1):
+            codes = matrix.codes.clone()
+            place = (slice(None), column // 16, column % 16)
+            codes[place] = (codes[place].int() + step).clamp(0, 15).to(torch.uint8)
+            assert (error(codes) >= least * (1 - 1e-5)).all()
 
 
 def test_refit_scales_are_the_least_squares_solution_in_float64() -> None:

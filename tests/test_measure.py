@@ -18,6 +18,7 @@ from qft.data.rows import Row
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.graph.export_optimum import export_float
+from qft.measure.agreement import Comparison, Record
 from qft.measure.machine import memory_bandwidth, peak_memory
 from qft.measure.parity import compare
 from qft.measure.quality import measure
@@ -71,6 +72,30 @@ def test_loss_and_answers_are_those_of_transformers(
         expected = tokenizer.decode(out[0, ids.shape[1] :].tolist())
         assert answer.answer == expected
         assert answer.right == (expected == row.label)
+
+
+def test_agreement_is_the_divergence_from_the_recorded_model(
+    tiny_model: Path, torch_runner: TorchRunner, tokenizer: TextTokenizer, held_out: list[Encoded], tmp_path: Path
+) -> None:
+    record = Record()
+    measure(torch_runner, held_out, tokenizer, metric="auto", batch_size=7, extra_tokens=3, witness=record)
+    record.save(tmp_path / "said.npz")
+    itself, other = (Comparison(Record.load(tmp_path / "said.npz")) for _ in range(2))
+    measure(torch_runner, held_out, tokenizer, metric="auto", batch_size=3, extra_tokens=3, witness=itself)
+    assert itself.agreement().top1_percent == 100
+    assert abs(itself.agreement().kl) < 1e-6  # float32 logits of other batches
+    changed = load(tiny_model, base="none", double_quant=False, compute_dtype="float32").eval()
+    changed.model.layers[0].mlp.up_proj.weight.data *= 1.5
+    measure(TorchRunner(changed, 2), held_out, tokenizer, metric="auto", batch_size=7, extra_tokens=3, witness=other)
+    nats, same, targets = 0.0, 0, 0
+    for row in held_out:
+        ids, flags = torch.tensor([row.input_ids]), torch.tensor(row.in_loss[1:])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, :-1][flags].double().log_softmax(-1) for m in (torch_runner.model, changed))
+        nats, targets = nats + (p.exp() * (p - q)).sum().item(), targets + len(p)
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    assert 0.95 * nats / targets < other.agreement().kl <= nats / targets  # all but 64 tokens are one class
+    assert other.agreement().top1_percent == pytest.approx(100 * same / targets)
 
 
 def test_float_onnx_computes_what_torch_computes(

@@ -77,6 +77,6 @@ def test_the_bits_last_and_nothing_that_would_fit_is_left_out(
 
 
 def test_the_layer_that_hurts_most_comes_first() -> None:
-    shapes = {name: (64, 64) for name in "abc"}
+    shapes = dict.fromkeys("abc", (64, 64))
     assert choose_fine({"a": 0.1, "b": 0.3, "c": 0.2}, shapes, COARSE, FINE, 6.0) == {"b"}
     assert choose_fine({"a": 0.1, "b": 0.3, "c": 0.2}, shapes, COARSE, FINE, 4.5) == set()

@@ -123,7 +123,12 @@ def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, 
         "GatherBlockQuantized",
         [flat.outputs[0], gather.inputs[1], *stored[1:]],
         domain=_DOMAIN,
-        attributes={"bits": plan.grids.head.bits, "block_size": plan.grids.head.block, "gather_axis": 0, "quantize_axis": 1},
+        attributes={
+            "bits": plan.grids.head.bits,
+            "block_size": plan.grids.head.block,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        },
     )
     _replace(graph, gather, [flat, read])
     if head is not None:
@@ -136,7 +141,9 @@ def _quantize_matmul(graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: di
     assert values is not None
     weight, name = _tensor(values.T), _layer_name(node)
     # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
-    matrix = folded.get(name) or quantize_nearest(weight, plan.grids.head if _is_head(graph, node) else plan.grids.linear)
+    matrix = folded.get(name) or quantize_nearest(
+        weight, plan.grids.head if _is_head(graph, node) else plan.grids.linear
+    )
     _replace(graph, node, [_matmulnbits(node.inputs[0], _store(graph, name, matrix), matrix, plan)])
     return _record(name, weight, matrix)
 

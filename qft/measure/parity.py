@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qft.measure.agreement import log_softmax
 from qft.measure.quality import Runner, batches
 from qft.progress import OnProgress, Progress, silent
 
@@ -40,13 +41,8 @@ def compare(
             positions += len(row)
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             largest = max(largest, float(np.abs(p - q).max()))
-            log_p, log_q = _log_softmax(p), _log_softmax(q)
+            log_p, log_q = log_softmax(p), log_softmax(q)
             divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
         done += len(batch)
         on_progress(Progress("compare", done, len(rows), "rows"))
     return Parity(positions, same / positions, largest, divergence / positions)
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    shifted = x.astype(np.float64) - x.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

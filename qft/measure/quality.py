@@ -10,6 +10,7 @@ import numpy as np
 
 from qft.data.encode import Encoded
 from qft.data.tokenizer import TextTokenizer
+from qft.measure.agreement import Agreement
 from qft.progress import OnProgress, Progress, silent
 
 _MOST_TOKENS = 4096  # padded tokens of one forward pass: logits of 4096 tokens over 49,152 words are 0.8 GB
@@ -23,6 +24,12 @@ class Runner(Protocol):
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
     ) -> list[list[int]]: ...
+
+
+class Witness(Protocol):
+    """Who looks at the logits, (targets, vocabulary), of every held-out row as it is measured."""
+
+    def look(self, row: int, logits: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Quality:
 
     accuracy_percent: generated answers exactly right. label_percent: answers that are exactly one of the labels.
     ended_percent: answers the model ended by itself. preferred_percent: rows where the right label's first token is
-    likelier than the other labels' (None if labels begin alike).
+    likelier than the other labels' (None if labels begin alike). agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -57,6 +64,7 @@ class Quality:
     label_percent: float | None
     ended_percent: float | None
     preferred_percent: float | None
+    agreement: Agreement | None = None
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -76,9 +84,10 @@ def measure(
     metric: str,
     batch_size: int,
     extra_tokens: int,
+    witness: Witness | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[Quality, list[RowAnswer]]:
-    """Measure every row. metric: accuracy, perplexity or auto (accuracy if rows have labels).
+    """Measure every row. metric: accuracy, perplexity or auto (accuracy if rows have labels). witness: sees all logits.
 
     One teacher-forced pass gives each row's loss and tells whether greedy generation would give the expected answer
     token for token; only rows where it would not are generated, to see what is answered instead.
@@ -88,8 +97,12 @@ def measure(
     forced: list[_Forced] = [_Forced(0.0, 0, False, None)] * len(rows)
     done = 0
     for batch in batches([len(r.input_ids) for r in rows], batch_size):
-        for index, result in zip(batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True):
+        for index, (result, logits) in zip(
+            batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True
+        ):
             forced[index] = result
+            if witness is not None:
+                witness.look(index, logits)
         done += len(batch)
         on_progress(Progress("measure", done, len(rows), "rows"))
     answers = _answers(runner, rows, forced, tokenizer, batch_size, extra_tokens, on_progress) if labels else []
@@ -122,13 +135,15 @@ def _first_tokens(rows: Sequence[Encoded], labels: Sequence[str]) -> dict[str, i
     return found if len(set(found.values())) == len(labels) else {}
 
 
-def _teacher_forced(runner: Runner, rows: Sequence[Encoded], first: dict[str, int]) -> list[_Forced]:
+def _teacher_forced(
+    runner: Runner, rows: Sequence[Encoded], first: dict[str, int]
+) -> Iterator[tuple[_Forced, np.ndarray]]:
+    """Of each row, also the logits (targets, vocabulary)."""
     ends = [len(r.in_loss) - r.in_loss[::-1].index(True) for r in rows]
     spans = [end - min(r.first_target, r.answer_start) for r, end in zip(rows, ends, strict=True)]
     keep = max(spans)
     logits = runner.logits([r.input_ids[: end - 1] for r, end in zip(rows, ends, strict=True)], keep)
     keep = logits.shape[1]
-    results = []
     for row, end, values in zip(rows, ends, logits, strict=True):
         begin = min(row.first_target, row.answer_start)
         part = values[keep - (end - begin) :]
@@ -138,8 +153,7 @@ def _teacher_forced(runner: Runner, rows: Sequence[Encoded], first: dict[str, in
         hits = part.argmax(-1) == targets
         at = row.answer_start - begin
         preferred = max(first, key=lambda label: part[at, first[label]]) if first else None
-        results.append(_Forced(float(nats[flags].sum()), int(hits[flags].sum()), bool(hits[at:].all()), preferred))
-    return results
+        yield _Forced(float(nats[flags].sum()), int(hits[flags].sum()), bool(hits[at:].all()), preferred), part[flags]
 
 
 def _answers(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qft.progress import OnProgress, Progress, silent
-from qft.quant.gptq import quantize_gptq, refit_scales
+from qft.quant.gptq import quantize_gptq, refit_scales, revisit
 from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest
 
 
@@ -78,19 +78,26 @@ def fit_rounding(
     groups: dict[int, list[str]] = {}
     for name in linears:
         groups.setdefault(id(hessians[name]), []).append(name)
-    found = {}
+    found: dict[str, Fitted] = {}
     for names in groups.values():
         on_progress(Progress("fit the rounding", len(found), len(linears), "matrices"))
         hessian, weights = hessians[names[0]], [linears[name].weight.float() for name in names]
         whole = torch.cat(weights)
-        matrix, latent = quantize_gptq(whole, hessian, scheme)
-        gain = refit_scales(whole, matrix, hessian)
+        matrix, latent, gain = _fit_matrix(whole, hessian, scheme)
         start = 0
         for name, weight in zip(names, weights, strict=True):
             rows = slice(start, start + len(weight))
             found[name] = Fitted(matrix.rows(rows), latent[rows].half(), gain[rows])
             start = rows.stop
     return {name: found[name] for name in linears}
+
+
+def _fit_matrix(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quantized, Tensor, Tensor]:
+    """Matrix, latent and gain. Codes and scales are each made best for the other, twice."""
+    matrix, _ = quantize_gptq(weight, hessian, scheme)
+    scales = matrix.scales * refit_scales(weight, matrix, hessian)
+    matrix, latent = revisit(weight, replace(matrix, scales=scales.to(scheme.scale_type)), hessian)
+    return matrix, latent, refit_scales(weight, matrix, hessian)
 
 
 @torch.no_grad()

@@ -72,8 +72,8 @@ class Quantized:
 
     def rows(self, some: slice) -> Quantized:
         """Some rows of the matrix, copied."""
-        parts = (t[some].clone() for t in (self.codes, self.scales, self.zero_points))
-        return Quantized(*parts, self.cols, self.scheme)
+        codes, scales, zeros = (t[some].clone() for t in (self.codes, self.scales, self.zero_points))
+        return Quantized(codes, scales, zeros, self.cols, self.scheme)
 
 
 def to_blocks(weight: Tensor, block: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from qft.data.encode import Encoded
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import StageError
 from qft.files import write_text
+from qft.measure.agreement import Comparison, Record
 from qft.measure.quality import Quality, RowAnswer, Runner, measure
 from qft.progress import OnProgress
 from qft.recipe import Recipe
@@ -46,8 +47,13 @@ class Job:
         return [Encoded.from_dict(json.loads(line)) for line in lines]
 
     def measure(self, stage: str, runner: Runner, tokenizer: TextTokenizer) -> Quality:
-        """Quality on the held-out rows; the answers are kept for the report."""
-        keys = self.recipe.evaluation
+        """Quality on the held-out rows; answers are kept for the report, and what the tuned model said for later stages."""
+        keys, path = self.recipe.evaluation, self.run.tuned_said
+        witness: Record | Comparison | None = None
+        if stage == "tune":
+            witness = Record()
+        elif stage != "baseline":
+            witness = Comparison(Record.load(path))
         quality, answers = measure(
             runner,
             self.rows("eval"),
@@ -55,10 +61,13 @@ class Job:
             metric=keys.metric,
             batch_size=keys.batch_size,
             extra_tokens=keys.extra_tokens,
+            witness=witness,
             on_progress=self.on_progress,
         )
         self._keep_answers(stage, answers)
-        return quality
+        if isinstance(witness, Record):
+            witness.save(path)
+        return replace(quality, agreement=witness.agreement()) if isinstance(witness, Comparison) else quality
 
     def answers(self, stage: str) -> list[RowAnswer]:
         """What `measure` kept; empty where rows have no labels."""

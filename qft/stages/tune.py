@@ -44,7 +44,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
 
 def outputs(job: Job) -> list[Path]:
     """What must be there for the stage to count as done."""
-    return [job.run.adapter / "adapter_model.safetensors", job.run.metrics]
+    return [job.run.adapter / "adapter_model.safetensors", job.run.metrics, job.run.tuned_said]
 
 
 def run(job: Job, fingerprint: str) -> Facts:
