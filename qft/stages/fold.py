@@ -28,6 +28,7 @@ class TargetFacts:
     """One target's grid. rounded: quality of the fitted rounding; quality: after learning, in torch.
 
     steps, seconds: of learning. clamped_percent: weights on the first or last code, which the grid may hold back.
+    fine_layers: names of those on the target's fine grid.
     """
 
     rounded: Quality
@@ -36,6 +37,7 @@ class TargetFacts:
     seconds: float
     best_step: int
     clamped_percent: float
+    fine_layers: list[str]
 
 
 @dataclass(frozen=True)
@@ -124,4 +126,5 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         result.seconds if result else 0.0,
         result.best_step if result else 0,
         clamped,
+        [name for name, layer in layers.items() if layer.scheme == plan.grids.fine],
     )

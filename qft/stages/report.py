@@ -56,6 +56,7 @@ def summarize(job: Job) -> Summary:
     stages = {name: job.run.record(name) for name in content["stages"]}
     prepared, tuned, merged = _maybe(job, prepare.Facts), _maybe(job, tune.Facts), _maybe(job, merge.Facts)
     exported, shipped = _maybe(job, export.Facts), _maybe(job, quantize.Facts)
+    folded = _maybe(job, fold.Facts)
     verified, benched = _maybe(job, verify.Facts), _maybe(job, bench.Facts)
     target = job.recipe.export.targets[0]
     sizes = {"float": TargetSize(exported.bundle_bytes, None)} if exported else {}
@@ -77,6 +78,7 @@ def summarize(job: Job) -> Summary:
         training=_training(job, tuned) if tuned else None,
         merge_way=merged.way if merged else None,
         merge_losses=merged.validation_losses if merged else {},
+        fine_layers=folded.targets[target].fine_layers if folded and target in folded.targets else [],
         sizes=sizes,
         speeds=benched.targets if benched else {},
         float_parity=verified.float_parity if verified else None,

@@ -109,23 +109,30 @@ def _target_logits(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Te
 
 @dataclass(frozen=True)
 class Validation:
-    """loss: mean cross entropy a target token, nats. tokens_right_percent: targets that are the first choice."""
+    """loss: mean cross entropy a target token, nats. tokens_right_percent: targets that are the first choice.
+
+    row_nats: cross entropy of each row, summed over its targets.
+    """
 
     loss: float
     tokens_right_percent: float
+    row_nats: list[float]
 
 
 @torch.no_grad()
 def validate(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> Validation:
     """Loss and right tokens on held-out rows; leaves the model in training mode."""
     model.eval()
-    loss, right, count = 0.0, 0, sum(sum(r.in_loss) for r in rows)
+    counts = [sum(row.in_loss) for row in rows]
+    right, row_nats = 0, [0.0] * len(rows)
     for batch in batches([len(r.input_ids) for r in rows], batch_size):
         logits, targets = _target_logits(model, [rows[i] for i in batch], pad_id)
-        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        for index, part in zip(batch, nats.split([counts[i] for i in batch]), strict=True):
+            row_nats[index] = part.sum().item()
         right += int((logits.argmax(-1) == targets).sum())
     model.train()
-    return Validation(loss / count, 100 * right / count)
+    return Validation(sum(row_nats) / sum(counts), 100 * right / sum(counts), row_nats)
 
 
 def train(
@@ -140,12 +147,13 @@ def train(
     plan: str,
     loss_of: LossOf = answer_loss,
     after_step: Callable[[], None] = lambda: None,
+    may_stay: bool = False,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
     loss_of: what is learnt, a sum that is divided by the step's target tokens. after_step: called whenever parameters have
-    changed, so that what a model derives from them is made anew.
+    changed, so that what a model derives from them is made anew. may_stay: the start counts as a candidate too, step 0.
     folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
@@ -171,6 +179,9 @@ def train(
     evaluate_at = {round(len(steps) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
     watch = _Watch()
     saved = time.monotonic()
+    if may_stay and at.step == 0:
+        save_parameters(best, parameters)
+        at = Position(0, 0, 0.0, validate(model, validation, pad_id, micro).loss, 0)
     model.train()
     loss = math.nan
     with _stop_flag() as stopped:

@@ -33,6 +33,10 @@ def test_two_lines_make_a_bundle(finished: Path) -> None:
     manifest = json.loads((bundle / "qft.json").read_text())
     assert manifest["quality"]["rows"] == 24
     assert manifest["lineage"]["data"][0]["sha256"]
+    facts = json.loads((finished / RUN / "run.json").read_text())["stages"]["fold"]["facts"]["targets"]["cpu-int4"]
+    fine = [t["name"] for t in manifest["quantization"] if ".layers." in t["name"] and t["bits"] == 8]
+    assert sorted(fine) == sorted(facts["fine_layers"])
+    assert 0 < len(fine) < 14
     assert len(manifest["quantization"]) == 15  # seven linear layers in each of two, and the embedding that is the head
     assert not [p for p in (finished / RUN).rglob("*") if p.name.endswith((".part", ".old"))]
 
@@ -46,6 +50,10 @@ def test_the_tuned_model_has_learnt_and_what_was_trained_is_what_ships(finished:
     assert abs(steps["shipped"]["loss"] - steps["folded"]["loss"]) < 0.05  # int8 activations lie between these
     assert steps["shipped"]["loss"] - steps["tuned"]["loss"] < 0.1
     assert found["survived_percent"] > 90
+    assert steps["tuned"]["agreement"] is None
+    for stage in ("merged", "exported", "rounded", "folded", "shipped"):
+        assert steps[stage]["agreement"]["top1_percent"] > 90, stage
+        assert -1e-6 < steps[stage]["agreement"]["kl"] < 0.1, stage
     for key in (
         "seconds",
         "peak_memory_bytes",
@@ -253,8 +261,8 @@ def test_both_ways_of_merging_are_measured(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft merge recipe.yaml name=plain training.epochs=1 --json"))
     losses = found["merge"]["validation_losses"]
     assert set(losses) == {"16-bit base", "dequantized 4-bit base"}
-    clearly = losses["16-bit base"] < 0.9 * losses["dequantized 4-bit base"]
-    assert found["merge"]["way"] == ("16-bit base" if clearly else "dequantized 4-bit base")
+    if found["merge"]["way"] == "16-bit base":  # only if it is better beyond chance: see test_merge
+        assert losses["16-bit base"] < losses["dequantized 4-bit base"]
     config = json.loads((finished / "runs/plain/merged/config.json").read_text())
     assert config["tie_word_embeddings"]
     from safetensors import safe_open
