@@ -128,7 +128,7 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
 def nearest(place: Place, kind: str) -> dict[str, Any]:
     """The merged model rounded to nearest, blocks of 32: what everyone ships, at the same bits a weight."""
     grids = replace(find_target(TARGET).grids, linear=Scheme(4, 32), fine=None)
-    return _ship(place, f"nearest-{kind}", {}, grids) | {
+    return _ship(place, f"nearest-{kind}", {}, grids, source=_export(place, kind)) | {
         "total_seconds": _record(place, f"lora-{kind}")["train_seconds"]
     }
 
@@ -165,7 +165,7 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
     del model
     teacher = _record(place, f"lora-{kind}")["train_seconds"]
-    return _ship(place, f"fold-{kind}", matrices, plan.grids) | {
+    return _ship(place, f"fold-{kind}", matrices, plan.grids, source=_export(place, kind)) | {
         "fold": fold_words(setting),
         "teacher_seconds": teacher,
         "fit_seconds": fitted - began,
@@ -174,40 +174,77 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     }
 
 
-def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids) -> dict[str, Any]:
-    """The bundle's model file, measured by onnxruntime."""
+def rounded(place: Place, algorithm: str) -> dict[str, Any]:
+    """The 16-bit fine-tune, its linear layers rounded by onnxruntime's own quantizer: default, k_quant or hqq, blocks of 32."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as theirs
+
+    quantizer = theirs.MatMulNBitsQuantizer(
+        str(_export(place, "none")),
+        algo_config={
+            "default": theirs.DefaultWeightOnlyQuantConfig(block_size=32, accuracy_level=4),
+            "k_quant": theirs.KQuantWeightOnlyQuantConfig(),
+            "hqq": theirs.HQQWeightOnlyQuantConfig(block_size=32),
+        }[algorithm],
+        block_size=32,
+        accuracy_level=4,
+    )
+    quantizer.process()
+    source = place.folder / f"ort-{algorithm}-source/model.onnx"
+    source.parent.mkdir(exist_ok=True)
+    quantizer.model.save_model_to_file(str(source), use_external_data_format=True)
+    return _ship(place, f"ort-{algorithm}", {}, find_target(TARGET).grids, source=source) | {
+        "total_seconds": _record(place, "lora-none")["train_seconds"]
+    }
+
+
+def _export(place: Place, kind: str) -> Path:
+    from qft.graph.export_optimum import export_float
+
+    path = place.folder / f"float-{kind}/model.onnx"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        export_float(place.folder / f"merged-{kind}", path, export_task="text-generation-with-past")
+    return path
+
+
+def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, source: Path) -> dict[str, Any]:
+    """The bundle's model file, measured by onnxruntime. Its embedding and head get 8 bits, whoever rounded the layers."""
     import onnx_ir as ir
 
     from qft.bundle.assets import copy_tokenizer
     from qft.bundle.manifest import update
     from qft.bundle.session import OnnxRunner
-    from qft.graph.export_optimum import export_float
     from qft.graph.matmulnbits import GraphPlan, quantize_graph
 
-    # Embedding and norms are the base's in every cell and folding replaces every linear weight, so one export serves all.
-    exported = place.folder / "float/model.onnx"
-    if not exported.exists():
-        exported.parent.mkdir(parents=True, exist_ok=True)
-        export_float(place.folder / "merged-nf4", exported, export_task="text-generation-with-past")
     target, bundle = find_target(TARGET), place.folder / name
     path = bundle / target.model
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = quantize_graph(exported, path, GraphPlan(grids, target.accuracy_level), matrices)
+    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level), matrices)
     copy_tokenizer(place.base, bundle)
     (bundle / "config.json").write_text((place.base / "config.json").read_text())
     update(bundle, model=target.model)
     nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
     speed = measure_in_fresh_process(bundle, prompt_tokens=64, new_tokens=32, trials=3, threads=0, provider="cpu")
-    linear = [t for t in tensors if ".layers." in t.name]
-    stored = sum(v.const_value.nbytes for v in ir.load(path).graph.initializers.values() if v.const_value is not None)
+    graph = ir.load(path).graph
+    stored = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     return {
         "row_nats": nats,
-        "bits_per_weight_linear": 8 * sum(t.bytes for t in linear) / sum(t.rows * t.cols for t in linear),
+        "bits_per_weight_linear": _linear_bits(graph),
         "bits_per_weight_all": 8 * stored / _parameters(place.base),
         "stored_bytes": stored,
         "prefill_tokens_per_second": speed.prefill_tokens_per_second.median,
         "decode_tokens_per_second": speed.decode_tokens_per_second.median,
     }
+
+
+def _linear_bits(graph: Any) -> float:
+    """Bits a weight of all quantized products but the head, as the file holds them."""
+    count = size = 0
+    for node in graph:
+        if node.op_type == "MatMulNBits" and node.outputs[0] not in graph.outputs:
+            count += node.attributes["K"].as_int() * node.attributes["N"].as_int()
+            size += sum(value.const_value.nbytes for value in node.inputs[1:] if value is not None)
+    return 8 * size / count
 
 
 def _parameters(folder: Path) -> int:
@@ -255,6 +292,9 @@ CELLS: dict[str, Callable[[Place], dict[str, Any]]] = {
     "lora-none": lambda place: lora(place, "none"),
     "fold-none": lambda place: fold(place, "none"),
     "fold-nf4": lambda place: fold(place, "nf4"),
+    "ort-default": lambda place: rounded(place, "default"),
+    "ort-k_quant": lambda place: rounded(place, "k_quant"),
+    "ort-hqq": lambda place: rounded(place, "hqq"),
 }
 
 

@@ -25,7 +25,7 @@ from qft.measure.machine import machine, versions
 from qft.sources import cache_folder
 
 QUICK = Setting(set="tinyshakespeare", seed=0, length=128, steps=240, learning_rates=(1e-3,), test_rows=112,
-                fold_tokens=7680, fold_steps=15)  # fmt: skip
+                fold_tokens=11776, fold_steps=23)  # fmt: skip
 FULL = Setting(set="tinyshakespeare", seed=0, length=256, steps=300, learning_rates=(5e-4, 1e-3, 2e-3), test_rows=200,
                fold_tokens=24576, fold_steps=24)  # fmt: skip
 ROWS = {
@@ -34,6 +34,11 @@ ROWS = {
     "NF4 QLoRA, merged, rounded to nearest": "nearest-nf4",
     "16-bit LoRA, folded": "fold-none",
     "NF4 QLoRA, folded": "fold-nf4",
+}
+THEIRS = {
+    "16-bit LoRA, onnxruntime's MatMulNBitsQuantizer": "ort-default",
+    "16-bit LoRA, its k_quant": "ort-k_quant",
+    "16-bit LoRA, its HQQ": "ort-hqq",
 }
 
 
@@ -75,12 +80,12 @@ def cell(name: str, setting: Setting) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def result(settings: list[Setting]) -> dict[str, Any]:
-    """Rows of the table, one for every row and seed, and the figures promised (means over seeds)."""
+def result(settings: list[Setting], titles: dict[str, str]) -> dict[str, Any]:
+    """Rows of the table, one for every title, setting and seed, and the figures promised (means over seeds)."""
     table: list[dict[str, Any]] = []
     for setting in settings:
-        found = {name: cell(name, setting) for name in CELLS}
-        for title, name in ROWS.items():
+        found = {name: cell(name, setting) for name in CELLS if name == "base" or name in titles.values()}
+        for title, name in titles.items():
             reference = found["lora-nf4" if name.endswith("nf4") else "lora-none"]
             kept = asdict(gap(reference["row_nats"], found[name]["row_nats"], found[name]["row_tokens"]))
             ratio = found[name]["total_seconds"] / found["lora-nf4"]["train_seconds"]
@@ -164,11 +169,14 @@ def main() -> None:
     """Run, print the table, write the JSON; the last line is RESULT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer steps and tokens")
+    parser.add_argument(
+        "--theirs", action="store_true", help="with --quick: onnxruntime's own quantizers too, 10 minutes more"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of the full run")
     parser.add_argument("--json", type=Path, required=True, help="where every row's raw figures go")
     words = parser.parse_args()
     settings = [QUICK] if words.quick else [Setting(**{**asdict(FULL), "seed": seed}) for seed in range(words.seeds)]
-    found = result(settings)
+    found = result(settings, ROWS if words.quick and not words.theirs else ROWS | THEIRS)
     rows = found.pop("rows")
     content = {"settings": [asdict(s) for s in settings], "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, {**content, "result": found, "rows": rows})

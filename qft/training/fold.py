@@ -80,9 +80,7 @@ def learn(
     mark: str,
     on_progress: OnProgress = silent,
 ) -> TrainResult | None:
-    """Train gains and adapters by KL to the lesson; the best step on the validation rows stays, be it the start.
-
-    None if there are no steps.
+    """Train gains and adapters by KL to the lesson; the best step on the validation rows stays. None if there are no steps.
 
     folder: for checkpoints. mark: hash of everything that decides the result.
     """
@@ -116,7 +114,6 @@ def learn(
         plan=mark,
         loss_of=partial(distillation_loss, teacher=lesson.teacher),
         after_step=round_again,
-        may_stay=True,
         on_progress=on_progress,
     )
 

@@ -147,13 +147,12 @@ def train(
     plan: str,
     loss_of: LossOf = answer_loss,
     after_step: Callable[[], None] = lambda: None,
-    may_stay: bool = False,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
     loss_of: what is learnt, a sum that is divided by the step's target tokens. after_step: called whenever parameters have
-    changed, so that what a model derives from them is made anew. may_stay: the start counts as a candidate too, step 0.
+    changed, so that what a model derives from them is made anew.
     folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
@@ -179,9 +178,6 @@ def train(
     evaluate_at = {round(len(steps) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
     watch = _Watch()
     saved = time.monotonic()
-    if may_stay and at.step == 0:
-        save_parameters(best, parameters)
-        at = Position(0, 0, 0.0, validate(model, validation, pad_id, micro).loss, 0)
     model.train()
     loss = math.nan
     with _stop_flag() as stopped:
