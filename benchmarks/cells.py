@@ -24,7 +24,7 @@ from qft.libraries import quiet_transformers
 from qft.measure.machine import peak_memory
 from qft.measure.quality import Runner, batches
 from qft.measure.speed import measure_in_fresh_process
-from qft.quant.grids import Grids, Scheme
+from qft.quant.grids import Grids, Scheme, grids_of
 from qft.recipe import FoldKeys
 from qft.sources import cache_folder, fetch
 from qft.stages.merge import Way, choose
@@ -127,7 +127,7 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
 
 def nearest(place: Place, kind: str) -> dict[str, Any]:
     """The merged model rounded to nearest, blocks of 32: what everyone ships, at the same bits a weight."""
-    grids = replace(find_target(TARGET).grids, linear=Scheme(4, 32), fine=None)
+    grids = replace(grids_of(find_target(TARGET)), linear=Scheme(4, 32), fine=None)
     return _ship(place, f"nearest-{kind}", {}, grids, source=_export(place, kind)) | {
         "total_seconds": _record(place, f"lora-{kind}")["train_seconds"]
     }
@@ -152,7 +152,7 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     from qft.training.fold import FoldPlan, fit, learn
 
     setting, words = place.setting, fold_words(place.setting)
-    plan = FoldPlan(grids=find_target(words.pop("target")["name"]).grids, seed=setting.seed, **words)
+    plan = FoldPlan(grids=grids_of(find_target(words.pop("target")["name"])), seed=setting.seed, **words)
     model = load(
         place.folder / f"merged-{kind}", base="none", double_quant=False, compute_dtype="auto", longest=setting.length
     )
@@ -192,7 +192,7 @@ def rounded(place: Place, algorithm: str) -> dict[str, Any]:
     source = place.folder / f"ort-{algorithm}-source/model.onnx"
     source.parent.mkdir(exist_ok=True)
     quantizer.model.save_model_to_file(str(source), use_external_data_format=True)
-    return _ship(place, f"ort-{algorithm}", {}, find_target(TARGET).grids, source=source) | {
+    return _ship(place, f"ort-{algorithm}", {}, grids_of(find_target(TARGET)), source=source) | {
         "total_seconds": _record(place, "lora-none")["train_seconds"]
     }
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qft.errors import InputError, Problem
 from qft.paths import shipped
 from qft.recipe_yaml import read_yaml
-
-if TYPE_CHECKING:
-    from qft.quant.grids import Grids
 
 
 class Weights(BaseModel):
@@ -45,21 +42,6 @@ class Target(BaseModel):
     def model(self) -> str:
         """The ONNX file inside the bundle."""
         return f"onnx/model_{self.suffix}.onnx"
-
-    @property
-    def grids(self) -> Grids:
-        """The profile's words as the quantizer takes them."""
-        import torch
-
-        from qft.quant.grids import Grids, Scheme
-
-        kind = getattr(torch, self.scale_type)
-
-        def scheme(weights: Weights) -> Scheme:
-            return Scheme(weights.bits, weights.block, weights.symmetric, kind)
-
-        fine = None if self.fine is None else scheme(self.fine)
-        return Grids(scheme(self.linear), scheme(self.head), fine, self.most_bits)
 
 
 def find_target(name: str) -> Target:

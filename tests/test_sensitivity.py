@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qft.base_model import load
 from qft.quant.fit import Fitted, decoder_linears, dense, fit_nearest
 from qft.quant.grids import Scheme
-from qft.quant.sensitivity import _moves_watched, choose_fine, divergences
+from qft.training.sensitivity import _moves_watched, choose_fine, divergences
 from tests.test_training import PAD, rows
 
 COARSE, FINE = Scheme(4, 64), Scheme(8, 64, symmetric=True)

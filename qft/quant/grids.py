@@ -13,6 +13,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from qft.targets import Target, Weights
+
 # A block's range tries these factors on its lower and its upper end; (1, 1) is plain min/max. All sixteen pairs leave 5 %
 # less error after GPTQ than eight factors on both ends alike, and six by six no less than these (SmolLM2, layer 10).
 _FACTORS = (1.05, 1.0, 0.93, 0.86)
@@ -54,6 +56,16 @@ class Grids:
     head: Scheme
     fine: Scheme | None = None
     most_bits: float = math.inf
+
+
+def grids_of(target: Target) -> Grids:
+    """A profile's words as the quantizer takes them."""
+
+    def scheme(weights: Weights) -> Scheme:
+        return Scheme(weights.bits, weights.block, weights.symmetric, getattr(torch, target.scale_type))
+
+    fine = None if target.fine is None else scheme(target.fine)
+    return Grids(scheme(target.linear), scheme(target.head), fine, target.most_bits)
 
 
 @dataclass(frozen=True)

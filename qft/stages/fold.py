@@ -76,6 +76,7 @@ def run(job: Job, fingerprint: str) -> Facts:
 def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
     from qft.base_model import load
     from qft.data.tokenizer import TextTokenizer
+    from qft.quant.grids import grids_of
     from qft.quant.linear import grid_layers
     from qft.quant.store import save_matrices
     from qft.training.fold import FoldPlan, fit, learn
@@ -91,7 +92,7 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         longest=recipe.training.max_length,
     )
     plan = FoldPlan(
-        grids=target.grids,
+        grids=grids_of(target),
         tokens=keys.tokens,
         steps=keys.steps,
         batch_size=recipe.training.batch_size,

@@ -60,6 +60,7 @@ def run(job: Job) -> Facts:
 
 def _ship(job: Job, target: Target) -> TargetFacts:
     from qft.graph.matmulnbits import GraphPlan, quantize_graph
+    from qft.quant.grids import grids_of
     from qft.quant.store import load_matrices
 
     matrices = job.run.fold(target.name) / fold.MATRICES
@@ -69,7 +70,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         tensors = quantize_graph(
             job.run.bundle(export.TARGET) / "onnx/model.onnx",
             aside / target.model,
-            GraphPlan(target.grids, target.accuracy_level),
+            GraphPlan(grids_of(target), target.accuracy_level),
             folded,
             job.on_progress,
         )

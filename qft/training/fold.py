@@ -16,9 +16,9 @@ from qft.progress import OnProgress, silent
 from qft.quant.fit import Fitted, fit_nearest, fit_rounding, inputs_watched
 from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
-from qft.quant.sensitivity import choose_fine, divergences
 from qft.training.distill import Teacher, ask_teacher, distillation_loss
 from qft.training.loop import Schedule, TrainResult, train
+from qft.training.sensitivity import choose_fine, divergences
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,8 @@ def test_check_finds_a_changed_and_a_foreign_file(finished: Path, typed: Type) -
 def test_eval_measures_the_bundle_again_and_on_rows_of_your_own(finished: Path, typed: Type) -> None:
     manifest = json.loads((finished / INT4 / "qft.json").read_text())
     again = as_json(typed(finished, "qft eval --json"))
+    assert again["quality"].pop("agreement") is None  # the tuned model is not in the bundle
+    assert manifest["quality"].pop("agreement")["kl"] < 0.1
     assert again["quality"] == pytest.approx(manifest["quality"])
     (finished / "own.jsonl").write_text(
         '{"text": "a fine film by the sea", "label": "positive"}\n{"text": "dull", "label": "negative"}\n'
@@ -241,12 +243,12 @@ def test_the_file_holds_the_codes_scales_and_zero_points_that_folding_left(finis
     matrices = load_matrices(finished / RUN / "fold/cpu-int4/matrices.safetensors")
     assert len(matrices) == 14
     for name, matrix in matrices.items():
-        codes, scales, zeros = (
-            from_numpy(stored[f"{name}_{p}"].const_value.numpy().copy()) for p in ("q", "scales", "zero_points")
-        )
-        assert equal(unpack(codes, 4, 32), matrix.codes)
+        scheme, parts = matrix.scheme, ("q", "scales") if matrix.scheme.symmetric else ("q", "scales", "zero_points")
+        codes, scales, *zeros = (from_numpy(stored[f"{name}_{part}"].const_value.numpy().copy()) for part in parts)
+        assert equal(unpack(codes, scheme.bits, scheme.block), matrix.codes)
         assert equal(scales, matrix.scales)
-        assert equal(unpack(zeros, 4, scales.shape[1]), matrix.zero_points)
+        if zeros:
+            assert equal(unpack(zeros[0], scheme.bits, scales.shape[1]), matrix.zero_points)
 
 
 def test_without_a_grid_weights_are_rounded_to_nearest(finished: Path, typed: Type) -> None:
