@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from qft.data.encode import Encoded
+from qft.measure.agreement import TOP
 from qft.progress import OnProgress, Progress, silent
 from qft.training.runner import prefill
-
-TOP = 64  # likeliest tokens kept a position; what the others hold together is one more class
 
 
 @dataclass(frozen=True)
