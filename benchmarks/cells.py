@@ -68,6 +68,7 @@ def base(place: Place) -> dict[str, Any]:
 def lora(place: Place, kind: str) -> dict[str, Any]:
     """LoRA on the base held as `kind`: none (16 bits) or nf4; measured before any merge. Leaves FOLDER/merged-KIND."""
     from qft.bundle.assets import copy_tokenizer
+    from qft.quant.smooth import even_out
     from qft.training.loop import validate
     from qft.training.lora import merge
     from qft.training.runner import TorchRunner
@@ -91,8 +92,9 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     found = {way: validate(each, place.rows["validation"], place.tokenizer.pad_id, 16) for way, each in models.items()}
     import torch
 
-    chosen = models[choose(found)].to(torch.bfloat16)
-    chosen.save_pretrained(place.folder / f"merged-{kind}")
+    chosen = models[choose(found)]
+    even_out(chosen, [row.input_ids for row in place.rows["train"]])
+    chosen.to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
     copy_tokenizer(place.base, place.folder / f"merged-{kind}")
     return {
         "row_nats": nats,

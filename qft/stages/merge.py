@@ -3,6 +3,8 @@
 Both ways are measured: people disagree which base to merge into, because it depends (peft#2321, peft#2105): the 16-bit weights
 hold what the 4-bit ones lost, but the adapter was trained on the 4-bit ones and has learnt to mend their errors. The dequantized
 4-bit base gives the very model that was tuned, so it is kept unless the other one is better beyond chance.
+
+What is kept has its channels evened out, which changes no answer and makes it easier to round.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ Way = Literal["16-bit base", "dequantized 4-bit base"]
 
 @dataclass(frozen=True)
 class Facts:
-    """validation_losses: nats a target token of each way tried. quality: of the one kept."""
+    """validation_losses: nats a target token of each way tried. quality: of the one kept. evened_out: inputs of its layers."""
 
     quality: Quality
     way: Way
     validation_losses: dict[str, float]
+    evened_out: int
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
@@ -50,11 +53,12 @@ def outputs(job: Job) -> list[Path]:
 
 
 def run(job: Job) -> Facts:
-    """Merge both ways, choose by the loss on the validation rows, measure the chosen one on the test rows."""
+    """Merge both ways, choose by the loss on the validation rows, even out the chosen one and measure it on the test rows."""
     import torch
 
     from qft.base_model import compute_type
     from qft.data.tokenizer import TextTokenizer
+    from qft.quant.smooth import even_out
     from qft.training.loop import validate
     from qft.training.lora import merge
     from qft.training.runner import TorchRunner
@@ -79,9 +83,10 @@ def run(job: Job) -> Facts:
     }
     chosen = choose(found)
     best = models[chosen]
+    evened_out = even_out(best, [row.input_ids for row in job.rows("train")])
     quality = job.measure("merge", TorchRunner(best.eval(), tokenizer.pad_id), tokenizer)
     _save(best.to(torch.bfloat16), folder, job.run.merged)  # its values are bfloat16's, whatever they are computed in
-    return Facts(quality, chosen, {way: measured.loss for way, measured in found.items()})
+    return Facts(quality, chosen, {way: measured.loss for way, measured in found.items()}, evened_out)
 
 
 def choose(found: Mapping[Way, Validation]) -> Way:
