@@ -129,7 +129,7 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
 
 def nearest(place: Place, kind: str) -> dict[str, Any]:
     """The merged model rounded to nearest, blocks of 32: what everyone ships, at the same bits a weight."""
-    grids = replace(grids_of(find_target(TARGET)), linear=Scheme(4, 32), fine=None)
+    grids = replace(grids_of(find_target(TARGET)), linear=Scheme(4, 32), finer=())
     return _ship(place, f"nearest-{kind}", {}, grids, source=_export(place, kind)) | {
         "total_seconds": _record(place, f"lora-{kind}")["train_seconds"]
     }
@@ -160,9 +160,10 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     )
     pad_id, folder = place.tokenizer.pad_id, place.folder / f"checkpoint-fold-{kind}"
     began = time.monotonic()
-    lesson = fit(model, place.rows["train"], plan, pad_id=pad_id)
+    lesson = fit(model, place.rows["train"], place.rows["validation"], plan, pad_id=pad_id)
     fitted = time.monotonic()
-    learn(model, lesson, place.rows["validation"], plan, pad_id=pad_id, folder=folder, mark=kind)
+    if lesson is not None:
+        learn(model, lesson, plan, pad_id=pad_id, folder=folder, mark=kind)
     ended = time.monotonic()
     matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
     del model

@@ -30,10 +30,10 @@ class Target(BaseModel):
     name: str
     suffix: str
     linear: Weights = Field(description="linear layers")
-    fine: Weights | None = Field(
-        None, description="those linear layers that `linear` hurts most, if folding finds them"
+    finer: tuple[Weights, ...] = Field(
+        (), description="for the linear layers that `linear` hurts most, if folding finds them"
     )
-    most_bits: float = Field(math.inf, description="a weight, over all linear layers: how many of them may be fine")
+    most_bits: float = Field(math.inf, description="a weight, over all linear layers: how many of them may be finer")
     head: Weights = Field(description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")

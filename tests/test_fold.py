@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from qft.training.runner import TorchRunner
 from tests.test_training import PAD, rows
 
 PLAN = FoldPlan(
-    grids=Grids(Scheme(4, 32), head=Scheme(8, 64, symmetric=True), fine=Scheme(8, 32, symmetric=True), most_bits=5.5),
+    grids=Grids(Scheme(4, 32), head=Scheme(8, 64, symmetric=True), finer=(Scheme(8, 32, symmetric=True),), most_bits=5.5),
     tokens=600, steps=60, batch_size=4, learning_rate=3e-4, r=8, seed=0,
 )  # fmt: skip
 
@@ -88,9 +89,10 @@ def divergence(model: Any, lesson: Lesson) -> float:
 
 def folded(folder: Path, scratch: Path, on_progress: Any = lambda _: None) -> tuple[Any, Lesson, float]:
     model = plain(folder)
-    lesson = fit(model, rows(60), PLAN, pad_id=PAD)
+    lesson = fit(model, rows(60), rows(6, seed=9), PLAN, pad_id=PAD)
+    assert lesson is not None
     before = divergence(model, lesson)
-    learn(model, lesson, rows(6, seed=9), PLAN, pad_id=PAD, folder=scratch, mark="m", on_progress=on_progress)
+    learn(model, lesson, PLAN, pad_id=PAD, folder=scratch, mark="m", on_progress=on_progress)
     return model, lesson, before
 
 
@@ -101,6 +103,31 @@ def test_learning_brings_it_nearer_to_the_tuned_model(tiny_model: Path, tmp_path
     assert len(dict(grid_layers(model))) == 14
     moved = [(layer.gain - 1).abs().max().item() for _, layer in grid_layers(model)]
     assert min(moved) > 0
+
+
+def test_learning_that_leads_away_from_the_tuned_model_leaves_it_as_it_was_fitted(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    plan = replace(PLAN, steps=2, learning_rate=0.05)
+    model = plain(tiny_model)
+    lesson = fit(model, rows(60), rows(6, seed=9), plan, pad_id=PAD)
+    assert lesson is not None
+    before = [layer.matrix() for _, layer in grid_layers(model)]
+    result = learn(model, lesson, plan, pad_id=PAD, folder=tmp_path, mark="m")
+    assert result.best_step == 0
+    for (_, layer), kept in zip(grid_layers(model), before, strict=True):
+        assert torch.equal(layer.matrix().codes, kept.codes)
+        assert torch.equal(layer.matrix().scales, kept.scales)
+
+
+def test_without_steps_nothing_is_asked_and_the_codes_are_the_same(tiny_model: Path) -> None:
+    codes = []
+    for steps in (0, 60):
+        model = plain(tiny_model)
+        lesson = fit(model, rows(60), rows(6, seed=9), replace(PLAN, steps=steps), pad_id=PAD)
+        assert (lesson is None) == (steps == 0)
+        codes.append([layer.codes for _, layer in grid_layers(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*codes, strict=True))
 
 
 def test_an_interrupted_fold_goes_on_and_ends_with_the_same_codes(tiny_model: Path, tmp_path: Path) -> None:

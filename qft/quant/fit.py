@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.gptq import quantize_gptq, refit_scales, revisit
-from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest
+from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest, scale_and_zero, to_blocks
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ def inputs_watched(model: Any) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def fit_rounding(
-    model: Any, hessians: dict[str, Tensor], scheme: Scheme, *, on_progress: OnProgress = silent
+    model: Any, hessians: dict[str, Tensor], schemes: Mapping[str, Scheme], *, on_progress: OnProgress = silent
 ) -> dict[str, Fitted]:
-    """Round every watched layer of a model, which stays as it is. hessians: from `inputs_watched`.
+    """Round the layers named in `schemes`, each on its grid; the model stays as it is. hessians: from `inputs_watched`.
 
-    Layers of one input (query, key and value; gate and up) are rounded as one matrix: they share the inverse.
+    Layers of one input and one grid (query, key and value; gate and up) are rounded as one matrix: they share the inverse.
     """
     linears = decoder_linears(model)
-    groups: dict[int, list[str]] = {}
-    for name in linears:
-        groups.setdefault(id(hessians[name]), []).append(name)
+    groups: dict[tuple[int, Scheme], list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault((id(hessians[name]), scheme), []).append(name)
     found: dict[str, Fitted] = {}
-    for names in groups.values():
-        on_progress(Progress("fit the rounding", len(found), len(linears), "matrices"))
+    for (_, scheme), names in groups.items():
+        on_progress(Progress("fit the rounding", len(found), len(schemes), "matrices"))
         hessian, weights = hessians[names[0]], [linears[name].weight.float() for name in names]
         whole = torch.cat(weights)
         matrix, latent, gain = _fit_matrix(whole, hessian, scheme)
@@ -89,11 +89,14 @@ def fit_rounding(
             rows = slice(start, start + len(weight))
             found[name] = Fitted(matrix.rows(rows), latent[rows].half(), gain[rows])
             start = rows.stop
-    return {name: found[name] for name in linears}
+    return found
 
 
 def _fit_matrix(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quantized, Tensor, Tensor]:
-    """Matrix, latent and gain. Codes and scales are each made best for the other, twice."""
+    """Matrix, latent and gain. Codes and scales are each made best for the other, twice; 8 bits need no fitting."""
+    if scheme.bits == 8:
+        matrix = quantize_nearest(weight, scheme)
+        return matrix, weight, torch.ones_like(matrix.scales, dtype=torch.float32)
     matrix, _ = quantize_gptq(weight, hessian, scheme)
     scales = matrix.scales * refit_scales(weight, matrix, hessian)
     matrix, latent = revisit(weight, replace(matrix, scales=scales.to(scheme.scale_type)), hessian)
@@ -101,10 +104,15 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quanti
 
 
 @torch.no_grad()
-def fit_nearest(weight: Tensor, scheme: Scheme) -> Fitted:
-    """Rounded to nearest, for a grid so fine that nothing needs fitting."""
-    matrix = quantize_nearest(weight, scheme)
-    return Fitted(matrix, weight.half(), torch.ones_like(matrix.scales, dtype=torch.float32))
+def expected_error(weight: Tensor, hessian: Tensor, scheme: Scheme) -> float:
+    """What rounding to a grid costs, roughly: the variance of a rounding error, step²/12, times each channel's sum of squares.
+
+    Good for comparing grids on one weight: fitting takes off about the same share on each.
+    """
+    blocks = to_blocks(weight, scheme.block)
+    steps, _ = scale_and_zero(blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0), scheme)
+    squares = to_blocks(hessian.diagonal()[None], scheme.block).sum(-1)
+    return float((steps.float().square() * squares).sum() / 12)
 
 
 @torch.no_grad()

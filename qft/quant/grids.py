@@ -32,6 +32,9 @@ class Scheme:
     symmetric: bool = False
     scale_type: torch.dtype = torch.float32
 
+    def __str__(self) -> str:
+        return f"{self.bits} bits, blocks of {self.block}"
+
     @property
     def top(self) -> int:
         """The largest code."""
@@ -48,13 +51,13 @@ class Scheme:
 class Grids:
     """What a target stores its weights on. head: embedding and head.
 
-    fine: of those linear layers that the coarser grid would hurt most, as many as keep the mean over all linear layers
-    within most_bits a weight; None: every linear layer is on `linear`.
+    finer: for those linear layers that `linear` would hurt most, as many as keep the mean over all linear layers within
+    most_bits a weight; none: every linear layer is on `linear`.
     """
 
     linear: Scheme
     head: Scheme
-    fine: Scheme | None = None
+    finer: tuple[Scheme, ...] = ()
     most_bits: float = math.inf
 
 
@@ -64,8 +67,7 @@ def grids_of(target: Target) -> Grids:
     def scheme(weights: Weights) -> Scheme:
         return Scheme(weights.bits, weights.block, weights.symmetric, getattr(torch, target.scale_type))
 
-    fine = None if target.fine is None else scheme(target.fine)
-    return Grids(scheme(target.linear), scheme(target.head), fine, target.most_bits)
+    return Grids(scheme(target.linear), scheme(target.head), tuple(map(scheme, target.finer)), target.most_bits)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def find_scales(blocks: Tensor, scheme: Scheme, importance: Tensor | None = None
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for below, above in product(_FACTORS, _FACTORS) if scheme.bits < 8 else [(1.0, 1.0)]:  # at 8 bits it never paid
-        scales, zeros = _scale_and_zero(low * below, high * above, scheme)
+        scales, zeros = scale_and_zero(low * below, high * above, scheme)
         codes = round_to(blocks, scales, zeros, scheme)
         error = ((codes.float() - zeros[..., None].float()) * scales[..., None].float() - blocks).square_()
         total = (error if importance is None else error * importance).sum(-1)
@@ -131,7 +133,8 @@ def round_to(blocks: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> T
     return steps.add_(zeros[..., None]).clamp_(0, scheme.top).to(torch.uint8)
 
 
-def _scale_and_zero(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def scale_and_zero(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Of blocks whose values lie between low ≤ 0 and high ≥ 0: scale_type and uint8, in their shape."""
     middle = (scheme.top + 1) // 2
     scales = torch.maximum(-low, high) / (middle - 1) if scheme.symmetric else (high - low) / scheme.top
     scales = scales.to(scheme.scale_type)

@@ -80,7 +80,7 @@ class Summary:
     training: Training | None
     merge_way: str | None
     merge_losses: Mapping[str, float]
-    fine_layers: list[str]
+    finer_layers: Mapping[str, list[str]]
     sizes: Mapping[str, TargetSize]
     speeds: Mapping[str, Speed]
     float_parity: Parity | None
@@ -103,9 +103,10 @@ class Summary:
         return 100 * (losses["base"] - losses["shipped"]) / (losses["base"] - losses["tuned"])
 
     @property
-    def fine_kinds(self) -> Mapping[str, int]:
-        """Kind of layer → how many of it the headline target keeps on its fine grid, most first."""
-        return dict(Counter(name.rpartition(".")[2] for name in self.fine_layers).most_common())
+    def finer_kinds(self) -> Mapping[str, Mapping[str, int]]:
+        """Grid → kind of layer → how many of it the headline target keeps on that finer grid, most first."""
+        kinds = {grid: [name.rpartition(".")[2] for name in names] for grid, names in self.finer_layers.items()}
+        return {grid: dict(Counter(found).most_common()) for grid, found in kinds.items()}
 
     @property
     def seconds(self) -> float:
@@ -130,7 +131,7 @@ class Summary:
             "decode_tokens_per_second": speed.decode_tokens_per_second.median if speed else None,
             "train_tokens_per_second": self.training.tokens_per_second if self.training else None,
             "merge": {"way": self.merge_way, "validation_losses": dict(self.merge_losses)} if self.merge_way else None,
-            "fine_layers": self.fine_layers,
+            "finer_layers": dict(self.finer_layers),
             "targets": {
                 name: asdict(size)
                 | ({"speed": asdict(self.speeds[name])} if name in self.speeds else {})

@@ -28,7 +28,7 @@ class TargetFacts:
     """One target's grid. rounded: quality of the fitted rounding; quality: after learning, in torch.
 
     steps, seconds: of learning. clamped_percent: weights on the first or last code, which the grid may hold back.
-    fine_layers: names of those on the target's fine grid.
+    finer_layers: grid, in words → names of the layers on it that `linear` would have hurt most.
     """
 
     rounded: Quality
@@ -37,7 +37,7 @@ class TargetFacts:
     seconds: float
     best_step: int
     clamped_percent: float
-    fine_layers: list[str]
+    finer_layers: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -100,24 +100,20 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         r=keys.r,
         seed=recipe.training.seed,
     )
-    lesson = fit(model, job.rows("train"), plan, pad_id=tokenizer.pad_id, on_progress=job.on_progress)
+    lesson = fit(
+        model, job.rows("train"), job.rows("validation"), plan, pad_id=tokenizer.pad_id, on_progress=job.on_progress
+    )
     runner = TorchRunner(model, tokenizer.pad_id)
     rounded = job.measure(f"round-{target.name}", runner, tokenizer)
     folder = job.run.checkpoints / f"fold-{target.name}"
-    result = learn(
-        model,
-        lesson,
-        job.rows("validation"),
-        plan,
-        pad_id=tokenizer.pad_id,
-        folder=folder,
-        mark=f"{fingerprint} {target.name}",
-        on_progress=job.on_progress,
+    mark = f"{fingerprint} {target.name}"
+    result = lesson and learn(
+        model, lesson, plan, pad_id=tokenizer.pad_id, folder=folder, mark=mark, on_progress=job.on_progress
     )
     layers = dict(grid_layers(model))
     with folder_aside(job.run.fold(target.name)) as aside:
         save_matrices(aside / MATRICES, {name: layer.matrix() for name, layer in layers.items()})
-    quality = job.measure(f"fold-{target.name}", runner, tokenizer) if result else rounded
+    quality = job.measure(f"fold-{target.name}", runner, tokenizer) if result and result.best_step else rounded
     shutil.rmtree(folder, ignore_errors=True)
     clamped = sum(layer.clamped_percent() for layer in layers.values()) / len(layers)
     return TargetFacts(
@@ -127,5 +123,5 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         result.seconds if result else 0.0,
         result.best_step if result else 0,
         clamped,
-        [name for name, layer in layers.items() if layer.scheme == plan.grids.fine],
+        {str(grid): [name for name, layer in layers.items() if layer.scheme == grid] for grid in plan.grids.finer},
     )

@@ -78,7 +78,7 @@ def summarize(job: Job) -> Summary:
         training=_training(job, tuned) if tuned else None,
         merge_way=merged.way if merged else None,
         merge_losses=merged.validation_losses if merged else {},
-        fine_layers=folded.targets[target].fine_layers if folded and target in folded.targets else [],
+        finer_layers=folded.targets[target].finer_layers if folded and target in folded.targets else {},
         sizes=sizes,
         speeds=benched.targets if benched else {},
         float_parity=verified.float_parity if verified else None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qft.data.encode import Encoded
 from qft.measure.agreement import TOP
+from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
 from qft.training.runner import prefill
 
@@ -30,8 +31,17 @@ class Teacher:
 
 
 @torch.no_grad()
+def feed(model: Any, rows: Sequence[Encoded], pad_id: int, *, on_progress: OnProgress = silent) -> None:
+    """One forward pass for every row, alone, for whoever watches the model's layers meanwhile: they see no padding."""
+    model.eval()
+    for number, row in enumerate(rows):
+        on_progress(Progress("feed the tuned model", number, len(rows), "rows"))
+        prefill(model, [row.input_ids], pad_id, keep=1)
+
+
+@torch.no_grad()
 def ask_teacher(model: Any, rows: Sequence[Encoded], pad_id: int, *, on_progress: OnProgress = silent) -> Teacher:
-    """One forward pass for every row, alone: whoever watches the model's layers meanwhile sees no padding."""
+    """One forward pass for every row, alone as in `feed`, and what it says."""
     model.eval()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     starts: dict[tuple[int, ...], int] = {}
@@ -45,6 +55,17 @@ def ask_teacher(model: Any, rows: Sequence[Encoded], pad_id: int, *, on_progress
         position += len(row.input_ids)
     ids, log_p, rest = (torch.cat(column) for column in zip(*parts, strict=True))
     return Teacher(ids, log_p, rest, starts)
+
+
+@torch.no_grad()
+def divergence(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int, teacher: Teacher) -> dict[str, float]:
+    """The judge of a fold (`loop.Judge`): how far the model is from its teacher on held-out rows, as the loss has it."""
+    model.eval()
+    nats = 0.0
+    for batch in batches([len(row.input_ids) for row in rows], batch_size):
+        nats += float(distillation_loss(model, [rows[i] for i in batch], pad_id, teacher))
+    model.train()
+    return {"validation_loss": nats / sum(sum(row.in_loss) for row in rows)}
 
 
 def _all_logits(model: Any, rows: Sequence[Encoded], pad_id: int) -> list[Tensor]:

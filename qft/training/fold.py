@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qft.data.encode import Encoded
 from qft.errors import StageError
 from qft.progress import OnProgress, silent
-from qft.quant.fit import Fitted, fit_nearest, fit_rounding, inputs_watched
+from qft.quant.fit import decoder_linears, expected_error, fit_rounding, inputs_watched
 from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
-from qft.training.distill import Teacher, ask_teacher, distillation_loss
+from qft.training.distill import Teacher, ask_teacher, distillation_loss, divergence, feed
 from qft.training.loop import Schedule, TrainResult, train
-from qft.training.sensitivity import choose_fine, divergences
+from qft.training.sensitivity import choose_grids, divergences
 
 
 @dataclass(frozen=True)
@@ -40,52 +42,75 @@ class FoldPlan:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Rows, and what the tuned model says about them."""
+    """Rows to learn from and held-out rows to judge by, and what the tuned model says about either."""
 
     rows: list[Encoded]
     teacher: Teacher
+    held_out: list[Encoded]
+    judge: Teacher
 
 
 def fit(
-    model: Any, rows: Sequence[Encoded], plan: FoldPlan, *, pad_id: int, on_progress: OnProgress = silent
-) -> Lesson:
-    """Ask the model about its training rows and watch its layers' inputs in the same pass; then put it on the grid, in place."""
-    chosen = _draw(rows, plan.tokens, plan.seed)
+    model: Any,
+    rows: Sequence[Encoded],
+    validation: Sequence[Encoded],
+    plan: FoldPlan,
+    *,
+    pad_id: int,
+    on_progress: OnProgress = silent,
+) -> Lesson | None:
+    """Watch the inputs that the model's layers get on training rows; then put it on the grid, in place.
+
+    Returns what `learn` needs of the model as it was before; None if the plan has no steps of learning.
+    """
+    chosen, lesson = _draw(rows, plan.tokens, plan.seed), None
     with inputs_watched(model) as hessians:
-        teacher = ask_teacher(model, chosen, pad_id, on_progress=on_progress)
-    fitted = fit_rounding(model, hessians, plan.grids.linear, on_progress=on_progress)
-    if plan.grids.fine is not None:
+        if plan.steps:
+            teacher = ask_teacher(model, chosen, pad_id, on_progress=on_progress)
+        else:
+            feed(model, chosen, pad_id, on_progress=on_progress)
+    if plan.steps:
+        lesson = Lesson(
+            chosen, teacher, list(validation), ask_teacher(model, validation, pad_id, on_progress=on_progress)
+        )
+    fitted = fit_rounding(
+        model, hessians, dict.fromkeys(decoder_linears(model), plan.grids.linear), on_progress=on_progress
+    )
+    if plan.grids.finer:
         hurt = divergences(model, chosen, fitted, pad_id=pad_id, seed=plan.seed, on_progress=on_progress)
-        _refine(model, fitted, hurt, plan.grids.fine, plan.grids.most_bits)
+        better = _finer(model, hessians, hurt, plan.grids)
+        fitted |= fit_rounding(model, hessians, better, on_progress=on_progress)
     put_on_grid(model, fitted, r=plan.r, seed=plan.seed)
     _round_head(model, plan.grids.head)
-    return Lesson(chosen, teacher)
+    return lesson
 
 
-def _refine(model: Any, fitted: dict[str, Fitted], hurt: dict[str, float], fine: Scheme, most_bits: float) -> None:
-    shapes = {name: (len(found.latent), found.matrix.cols) for name, found in fitted.items()}
-    coarse = next(iter(fitted.values())).matrix.scheme
-    for name in choose_fine(hurt, shapes, coarse, fine, most_bits):
-        fitted[name] = fit_nearest(model.get_submodule(name).weight, fine)
+def _finer(model: Any, hessians: dict[str, Tensor], hurt: dict[str, float], grids: Grids) -> dict[str, Scheme]:
+    """The layers that get a finer grid. hurt: by the coarse one; by the others in proportion to the error expected of them."""
+    weights = {name: linear.weight for name, linear in decoder_linears(model).items()}
+    by_grid: dict[str, dict[Scheme, float]] = {}
+    for name, weight in weights.items():
+        errors = {grid: expected_error(weight, hessians[name], grid) for grid in (grids.linear, *grids.finer)}
+        by_grid[name] = {grid: hurt[name] * error / errors[grids.linear] for grid, error in errors.items()}
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    chosen = choose_grids(by_grid, shapes, grids.most_bits)
+    return {name: grid for name, grid in chosen.items() if grid != grids.linear}
 
 
 def learn(
     model: Any,
     lesson: Lesson,
-    validation: Sequence[Encoded],
     plan: FoldPlan,
     *,
     pad_id: int,
     folder: Path,
     mark: str,
     on_progress: OnProgress = silent,
-) -> TrainResult | None:
-    """Train gains and adapters by KL to the lesson; the best step on the validation rows stays. None if there are no steps.
+) -> TrainResult:
+    """Train gains and adapters by KL to the lesson; the step nearest to the tuned model on held-out rows stays, 0 being one.
 
     folder: for checkpoints. mark: hash of everything that decides the result.
     """
-    if not plan.steps:
-        return None
     schedule = Schedule(
         epochs=plan.steps * plan.batch_size / len(lesson.rows),
         learning_rate=plan.learning_rate,
@@ -106,13 +131,15 @@ def learn(
     return train(
         model,
         lesson.rows,
-        validation,
+        lesson.held_out,
         schedule,
         pad_id=pad_id,
         folder=folder,
         metrics=folder / "metrics.jsonl",
         plan=mark,
         loss_of=partial(distillation_loss, teacher=lesson.teacher),
+        judge=partial(divergence, teacher=lesson.judge),
+        start_counts=True,
         after_step=round_again,
         on_progress=on_progress,
     )

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _WINDOW_BATCHES = 8  # rows of this many batches are sorted by length together: 
 
 
 LossOf = Callable[[Any, Sequence[Encoded], int], Tensor]  # (model, rows, pad id) → summed loss
+# (model, held-out rows, pad id, batch size) → figures to write down; the step with the least `validation_loss` is kept.
+Judge = Callable[[Any, Sequence[Encoded], int, int], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ def validate(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) 
     return Validation(sum(row_nats) / sum(counts), 100 * right / sum(counts), row_nats)
 
 
+def cross_entropy(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> dict[str, float]:
+    """The judge of a fine-tune."""
+    found = validate(model, rows, pad_id, batch_size)
+    return {"validation_loss": found.loss, "validation_tokens_right_percent": found.tokens_right_percent}
+
+
 def train(
     model: Any,
     rows: Sequence[Encoded],
@@ -146,13 +154,16 @@ def train(
     metrics: Path,
     plan: str,
     loss_of: LossOf = answer_loss,
+    judge: Judge = cross_entropy,
+    start_counts: bool = False,
     after_step: Callable[[], None] = lambda: None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
-    loss_of: what is learnt, a sum that is divided by the step's target tokens. after_step: called whenever parameters have
-    changed, so that what a model derives from them is made anew.
+    loss_of: what is learnt, a sum that is divided by the step's target tokens. start_counts: the values before the first step
+    may be the best ones, too. after_step: called whenever parameters have changed, so that what a model derives from them is
+    made anew.
     folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
@@ -177,6 +188,16 @@ def train(
     resumed, log = at.step, _MetricsLog(metrics, at.step)
     evaluate_at = {round(len(steps) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
     watch = _Watch()
+
+    def judged(at: Position) -> tuple[Position, dict[str, float]]:
+        figures = judge(model, validation, pad_id, micro)
+        if not figures["validation_loss"] < at.best_loss:
+            return at, figures
+        save_parameters(best, parameters)
+        return replace(at, best_loss=figures["validation_loss"], best_step=at.step), figures
+
+    if start_counts and at.step == 0:
+        at, _ = judged(at)
     saved = time.monotonic()
     model.train()
     loss = math.nan
@@ -202,12 +223,8 @@ def train(
             }
             watch.look(step + 1, loss, norm, rate)
             if step + 1 in evaluate_at or step + 1 == len(steps):
-                held_out = validate(model, validation, pad_id, micro)
-                line["validation_loss"] = held_out.loss
-                line["validation_tokens_right_percent"] = held_out.tokens_right_percent
-                if held_out.loss < at.best_loss:
-                    save_parameters(best, parameters)
-                    at = Position(at.step, at.tokens, at.seconds, held_out.loss, at.step)
+                at, figures = judged(at)
+                line |= figures
             log.add(line)
             on_progress(
                 Progress(

@@ -1,4 +1,4 @@
-"""Which layers a coarse grid hurts: the divergence each one's rounding brings, and who gets the finer grid for it.
+"""Which layers a coarse grid hurts: the divergence each one's rounding brings, and which grid each one gets for it.
 
 A layer's weights moved by D move the model's distribution by KL = ½ dᵀ F d, d being D's entries and F the Fisher information of
 the layer, E[g gᵀ] over gradients g of log p(y) with y drawn from the model itself (Amari 1998; arXiv 1905.12558 on why the
@@ -9,7 +9,7 @@ measured by rounding one kind of layer at a time: value 0.019 nats (estimated 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,22 +52,29 @@ def divergences(
     return {name: total / tokens for name, total in totals.items()}
 
 
-def choose_fine(
-    hurt: dict[str, float], shapes: dict[str, tuple[int, int]], coarse: Scheme, fine: Scheme, most_bits: float
-) -> set[str]:
-    """The layers that go on the fine grid: those with the most divergence for a byte more, while the bits last.
+def choose_grids(
+    hurt: Mapping[str, Mapping[Scheme, float]], shapes: Mapping[str, tuple[int, int]], most_bits: float
+) -> dict[str, Scheme]:
+    """Every layer's grid: from the smallest on, the step that takes off most divergence for a byte more, while the bits last.
 
-    hurt: layer name → divergence on the coarse grid. shapes: layer name → (rows, cols). most_bits: mean of all weights.
+    hurt: layer name → divergence on each grid it may lie on. shapes: layer name → (rows, cols). most_bits: a weight, on the mean.
     """
+    stored = {(name, scheme): scheme.stored_bytes(*shapes[name]) for name, grids in hurt.items() for scheme in grids}
+    chosen = {name: min(grids, key=lambda scheme: stored[name, scheme]) for name, grids in hurt.items()}
     left = most_bits / 8 * sum(rows * cols for rows, cols in shapes.values())
-    left -= sum(coarse.stored_bytes(*shape) for shape in shapes.values())
-    more = {name: fine.stored_bytes(*shape) - coarse.stored_bytes(*shape) for name, shape in shapes.items()}
-    chosen = set()
-    for name in sorted(hurt, key=lambda name: hurt[name] / more[name], reverse=True):
-        if more[name] <= left:
-            chosen.add(name)
-            left -= more[name]
-    return chosen
+    left -= sum(stored[pair] for pair in chosen.items())
+    while True:
+        steps = []
+        for name, now in chosen.items():
+            for scheme, divergence in hurt[name].items():
+                more, gain = stored[name, scheme] - stored[name, now], hurt[name][now] - divergence
+                if gain > 0 and 0 < more <= left:
+                    steps.append((gain / more, name, scheme, more))
+        if not steps:
+            return chosen
+        _, name, scheme, more = max(steps, key=lambda step: step[0])
+        chosen[name] = scheme
+        left -= more
 
 
 @contextmanager

@@ -34,9 +34,14 @@ def test_two_lines_make_a_bundle(finished: Path) -> None:
     assert manifest["quality"]["rows"] == 24
     assert manifest["lineage"]["data"][0]["sha256"]
     facts = json.loads((finished / RUN / "run.json").read_text())["stages"]["fold"]["facts"]["targets"]["cpu-int4"]
-    fine = [t["name"] for t in manifest["quantization"] if ".layers." in t["name"] and t["bits"] == 8]
-    assert sorted(fine) == sorted(facts["fine_layers"])
-    assert 0 < len(fine) < 14
+    layers = {
+        t["name"]: f"{t['bits']} bits, blocks of {t['block']}"
+        for t in manifest["quantization"]
+        if ".layers." in t["name"]
+    }
+    for grid, names in facts["finer_layers"].items():
+        assert sorted(names) == sorted(name for name, own in layers.items() if own == grid)
+    assert 0 < sum(map(len, facts["finer_layers"].values())) < 14
     assert len(manifest["quantization"]) == 15  # seven linear layers in each of two, and the embedding that is the head
     assert not [p for p in (finished / RUN).rglob("*") if p.name.endswith((".part", ".old"))]
 
