@@ -34,11 +34,12 @@ class GridLinear(torch.nn.Module):
         self.scheme: Scheme = matrix.scheme
         self.in_features, self.out_features = cols, rows
         self.latent, self.bias = fitted.latent, bias
-        self.codes, self.zero_points = matrix.codes, matrix.zero_points
+        self.zero_points = matrix.zero_points
         self.scales = matrix.scales.float()
         self.gain = torch.nn.Parameter(fitted.gain.clone())
         self.a = torch.nn.Parameter(torch.randn(r, cols, generator=chance) / cols**0.5)
         self.b = torch.nn.Parameter(torch.zeros(rows, r))
+        self.round_again()  # L in float16 is now and then as near to the next code
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float (…, cols) → (…, rows)."""
