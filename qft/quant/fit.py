@@ -14,6 +14,8 @@ from qft.progress import OnProgress, Progress, silent
 from qft.quant.gptq import quantize_gptq, refit_scales, revisit
 from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest, scale_and_zero, to_blocks
 
+_VISITS = 2
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -93,13 +95,14 @@ def fit_rounding(
 
 
 def _fit_matrix(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quantized, Tensor, Tensor]:
-    """Matrix, latent and gain. Codes and scales are each made best for the other, twice; 8 bits need no fitting."""
+    """Matrix, latent and gain. Codes and scales are made best for each other by turns; 8 bits need no fitting."""
     if scheme.bits == 8:
         matrix = quantize_nearest(weight, scheme)
         return matrix, weight, torch.ones_like(matrix.scales, dtype=torch.float32)
-    matrix, _ = quantize_gptq(weight, hessian, scheme)
-    scales = matrix.scales * refit_scales(weight, matrix, hessian)
-    matrix, latent = revisit(weight, replace(matrix, scales=scales.to(scheme.scale_type)), hessian)
+    matrix, latent = quantize_gptq(weight, hessian, scheme)
+    for _ in range(_VISITS):
+        scales = matrix.scales * refit_scales(weight, matrix, hessian)
+        matrix, latent = revisit(weight, replace(matrix, scales=scales.to(scheme.scale_type)), hessian)
     return matrix, latent, refit_scales(weight, matrix, hessian)
 
 

@@ -6,7 +6,8 @@ largest inputs first, while errors are cheap to take up. Scales are found before
 order: MatMulNBits needs no g_idx, which would leave its packed kernel.
 `revisit` rounds every column once more, now that all others are known (coordinate descent, as QuantEase, arXiv 2309.01885).
 `refit_scales` gives each block the scale that is best for its codes.
-On SmolLM2's layers in blocks of 64 the order takes 2 to 18 % off the error of GPTQ from left to right, the visit up to 5 % more.
+On SmolLM2's layers in blocks of 64 the order takes 2 to 18 % off the error of GPTQ from left to right, a visit up to 5 % more, the
+next one 1 to 2 %; scales found for the error that is left of a column's, not for its input, 2 %.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quan
     """
     rows, cols = weight.shape
     damped = _damped(hessian)
-    importance = torch.nn.functional.pad(damped.diagonal().float(), (0, -cols % scheme.block)).view(-1, scheme.block)
-    scales, zeros = find_scales(to_blocks(weight, scheme.block), scheme, importance)
     order = torch.argsort(damped.diagonal(), descending=True)
     factor = _inverse_factor(damped[order][:, order])
+    importance = torch.empty(1, cols, device=weight.device)
+    importance[0, order] = factor.diagonal() ** -2  # what remains of an error that later columns take up
+    scales, zeros = find_scales(to_blocks(weight, scheme.block), scheme, to_blocks(importance, scheme.block))
     left = weight.t().float()[order]  # a column of the weight is contiguous
     codes = torch.empty(cols, rows, dtype=torch.uint8, device=weight.device)
     grid = _Columns(scales, zeros, scheme)

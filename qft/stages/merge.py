@@ -68,7 +68,7 @@ def run(job: Job) -> Facts:
     validation = job.rows("validation")
     dtype = compute_type(recipe.quantization.compute_dtype)
     models: dict[Way, Any] = {}
-    for way in _ways(recipe):
+    for way in ways(recipe.quantization.base):
         models[way] = merge(
             folder,
             job.run.adapter,
@@ -99,8 +99,9 @@ def choose(found: Mapping[Way, Validation]) -> Way:
     return "16-bit base" if better else "dequantized 4-bit base"
 
 
-def _ways(recipe: Recipe) -> list[Way]:
-    return ["16-bit base"] if recipe.quantization.base == "none" else ["dequantized 4-bit base", "16-bit base"]
+def ways(base: str) -> list[Way]:
+    """Those there are for a base precision, `quantization.base`."""
+    return ["16-bit base"] if base == "none" else ["dequantized 4-bit base", "16-bit base"]
 
 
 def _save(model: Any, base: Path, target: Path) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +14,14 @@ import torch
 from torch import Tensor
 
 from qft.data.encode import Encoded
-from qft.errors import Interrupted, StageError
+from qft.errors import Interrupted
 from qft.files import sha256_json
 from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
 from qft.training.checkpoint import Position, load_checkpoint, load_parameters, save_checkpoint, save_parameters
 from qft.training.lora import trainable
 from qft.training.runner import prefill
+from qft.training.watch import MetricsLog, Watch, stop_flag
 
 _WINDOW_BATCHES = 8  # rows of this many batches are sorted by length together: little padding, order still random
 
@@ -168,163 +165,134 @@ def train(
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=model.device.type == "cpu")
-    parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    micro = schedule.batch_size
-    steps = plan_batches(
-        [len(r.input_ids) for r in rows],
-        rows_per_step=micro * schedule.gradient_accumulation_steps,
-        epochs=schedule.epochs,
-        seed=schedule.seed,
-    )
-    plan = sha256_json([plan, asdict(schedule)])
-    last, best = folder / "last.safetensors", folder / "best.safetensors"
-    torch.manual_seed(schedule.seed)
-    at = load_checkpoint(last, parameters, optimizer, plan) or Position(0, 0, 0.0, math.inf, 0)
-    after_step()
-    resumed, log = at.step, _MetricsLog(metrics, at.step)
-    evaluate_at = {round(len(steps) * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
-    watch = _Watch()
-
-    def judged(at: Position) -> tuple[Position, dict[str, float]]:
-        figures = judge(model, validation, pad_id, micro)
-        if not figures["validation_loss"] < at.best_loss:
-            return at, figures
-        save_parameters(best, parameters)
-        return replace(at, best_loss=figures["validation_loss"], best_step=at.step), figures
-
-    if start_counts and at.step == 0:
-        at, _ = judged(at)
-    saved = time.monotonic()
-    model.train()
-    loss = math.nan
-    with _stop_flag() as stopped:
-        for step in range(at.step, len(steps)):
-            began = time.monotonic()
-            rate = learning_rate_at(step, len(steps), schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            chosen = [rows[i] for i in steps[step]]
-            loss, norm = _step(model, chosen, micro, optimizer, accelerator, schedule.max_grad_norm, pad_id, loss_of)
-            after_step()
-            tokens = sum(len(r.input_ids) for r in chosen)
-            seconds = time.monotonic() - began
-            at = Position(step + 1, at.tokens + tokens, at.seconds + seconds, at.best_loss, at.best_step)
-            line: dict[str, float] = {
-                "step": step + 1,
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "tokens": tokens,
-                "seconds": round(seconds, 4),
-            }
-            watch.look(step + 1, loss, norm, rate)
-            if step + 1 in evaluate_at or step + 1 == len(steps):
-                at, figures = judged(at)
+    run = _Run(
+        model, rows, validation, schedule,
+        pad_id=pad_id, folder=folder, plan=plan, loss_of=loss_of, judge=judge, after_step=after_step,
+    )  # fmt: skip
+    at = run.begin(start_counts)
+    resumed, log, watch, saved = at.step, MetricsLog(metrics, at.step), Watch(), time.monotonic()
+    with stop_flag() as stopped:
+        while at.step < len(run.steps):
+            at, line = run.step(at)
+            watch.look(at.step, line["loss"], line["grad_norm"], line["learning_rate"])
+            if at.step in run.evaluate_at:
+                at, figures = run.judged(at)
                 line |= figures
             log.add(line)
-            on_progress(
-                Progress(
-                    "train", step + 1, len(steps), "steps", f"loss {loss:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
-                )
-            )
+            speed = f"loss {line['loss']:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
+            on_progress(Progress("train", at.step, len(run.steps), "steps", speed))
             if stopped.is_set() or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
-                save_checkpoint(last, parameters, optimizer, at, plan)
+                run.save(at)
                 saved = time.monotonic()
             if stopped.is_set():
                 raise Interrupted(
-                    f"stopped at step {at.step} of {len(steps)}; the checkpoint is written",
+                    f"stopped at step {at.step} of {len(run.steps)}; the checkpoint is written",
                     hint="the same command goes on from there",
                 )
-    save_checkpoint(last, parameters, optimizer, at, plan)
-    load_parameters(best, parameters)
-    after_step()
+    run.save(at)
+    run.take_best()
     return TrainResult(
-        len(steps),
+        len(run.steps),
         at.tokens,
         at.seconds,
         at.tokens / max(at.seconds, 1e-9),
         at.best_step,
         at.best_loss,
-        log.last_loss if math.isnan(loss) else loss,
+        log.last_loss,
         resumed,
     )
 
 
-def _step(
-    model: Any,
-    rows: list[Encoded],
-    micro: int,
-    optimizer: Any,
-    accelerator: Any,
-    clip: float,
-    pad_id: int,
-    loss_of: LossOf,
-) -> tuple[float, float]:
-    """One optimizer step. The loss is a mean over all target tokens of the step, however it is cut into micro-batches."""
-    targets = sum(sum(r.in_loss) for r in rows)
-    total = 0.0
-    for start in range(0, len(rows), micro):
-        loss = loss_of(model, rows[start : start + micro], pad_id) / targets
-        accelerator.backward(loss)
-        total += loss.item()
-    norm = accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, float(norm)
+class _Run:
+    """What a run works with, and its moves. evaluate_at: numbers of the steps after which held-out rows are looked at."""
 
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        validation: Sequence[Encoded],
+        schedule: Schedule,
+        *,
+        pad_id: int,
+        folder: Path,
+        plan: str,
+        loss_of: LossOf,
+        judge: Judge,
+        after_step: Callable[[], None],
+    ) -> None:
+        from accelerate import Accelerator
 
-class _Watch:
-    """Stops a run whose loss is not a number or grows without end."""
+        self.model, self.rows, self.validation, self.schedule = model, rows, validation, schedule
+        self.pad_id, self.loss_of, self.judge, self.after_step = pad_id, loss_of, judge, after_step
+        self.accelerator = Accelerator(cpu=model.device.type == "cpu")
+        self.parameters = trainable(model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+        )
+        self.steps = plan_batches(
+            [len(r.input_ids) for r in rows],
+            rows_per_step=schedule.batch_size * schedule.gradient_accumulation_steps,
+            epochs=schedule.epochs,
+            seed=schedule.seed,
+        )
+        count = len(self.steps)
+        self.evaluate_at = {round(count * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} | {
+            count
+        }
+        self.plan = sha256_json([plan, asdict(schedule)])
+        self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
 
-    def __init__(self) -> None:
-        self.smooth = math.nan
-        self.least = math.inf
+    def begin(self, start_counts: bool) -> Position:
+        """Where the last checkpoint of this plan stood, or the start."""
+        torch.manual_seed(self.schedule.seed)
+        at = load_checkpoint(self.last, self.parameters, self.optimizer, self.plan)
+        self.after_step()
+        if at is None:
+            at = Position(0, 0, 0.0, math.inf, 0)
+            at = self.judged(at)[0] if start_counts else at
+        self.model.train()
+        return at
 
-    def look(self, step: int, loss: float, norm: float, rate: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StageError(
-                f"the loss is {loss} and the gradient norm {norm} at step {step}",
-                hint=f"the learning rate ({rate:g}) is likely too high, or a row holds only unknown tokens",
-            )
-        self.smooth = loss if math.isnan(self.smooth) else 0.8 * self.smooth + 0.2 * loss
-        self.least = min(self.least, self.smooth)
-        if self.smooth > 2 * self.least + 1:
-            raise StageError(
-                f"the loss explodes: {self.smooth:.2f} at step {step}, it was {self.least:.2f}",
-                hint=f"lower training.learning_rate ({rate:g} now) or raise training.warmup_ratio",
-            )
+    def step(self, at: Position) -> tuple[Position, dict[str, float]]:
+        """One optimizer step: where the run then stands, and the line for the log."""
+        began, schedule = time.monotonic(), self.schedule
+        rate = learning_rate_at(at.step, len(self.steps), schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rows = [self.rows[i] for i in self.steps[at.step]]
+        loss, norm = self._descend(rows)
+        self.after_step()
+        tokens, seconds = sum(len(row.input_ids) for row in rows), time.monotonic() - began
+        at = replace(at, step=at.step + 1, tokens=at.tokens + tokens, seconds=at.seconds + seconds)
+        line = {"step": at.step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
+        return at, line | {"seconds": round(seconds, 4)}
 
+    def _descend(self, rows: list[Encoded]) -> tuple[float, float]:
+        """Loss and gradient norm. The loss is a mean over all target tokens of the step, however it is cut into micro-batches."""
+        micro, total = self.schedule.batch_size, 0.0
+        targets = sum(sum(row.in_loss) for row in rows)
+        for start in range(0, len(rows), micro):
+            loss = self.loss_of(self.model, rows[start : start + micro], self.pad_id) / targets
+            self.accelerator.backward(loss)
+            total += loss.item()
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.schedule.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, float(norm)
 
-class _MetricsLog:
-    """metrics.jsonl: one line a step; lines after the checkpoint that a run goes on from are dropped."""
+    def judged(self, at: Position) -> tuple[Position, dict[str, float]]:
+        """Look at the held-out rows; the values are kept if they are the best so far."""
+        figures = self.judge(self.model, self.validation, self.pad_id, self.schedule.batch_size)
+        if not figures["validation_loss"] < at.best_loss:
+            return at, figures
+        save_parameters(self.best, self.parameters)
+        return replace(at, best_loss=figures["validation_loss"], best_step=at.step), figures
 
-    def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), "utf-8")
-        self.path = path
-        self.last_loss = json.loads(kept[-1])["loss"] if kept else math.nan
+    def save(self, at: Position) -> None:
+        """Write a checkpoint."""
+        save_checkpoint(self.last, self.parameters, self.optimizer, at, self.plan)
 
-    def add(self, line: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-
-
-@contextmanager
-def _stop_flag() -> Iterator[threading.Event]:
-    """Set on SIGINT or SIGTERM while the block runs, so that a step is never left half done."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    old = {name: signal.signal(name, lambda *_: flag.set()) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
+    def take_best(self) -> None:
+        """The values that judged best."""
+        load_parameters(self.best, self.parameters)
+        self.after_step()

@@ -18,7 +18,7 @@ from tests.e2e.conftest import Type
 ROWS = '{"text": "a fine film", "label": "positive"}\n{"text": "dull and slow", "label": "negative"}\n'
 
 
-def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
     assert done.returncode == code, (done.returncode, done.stderr)
     for word in words:
         assert word in done.stderr
@@ -77,7 +77,7 @@ def test_the_message_says_what_is_wrong_and_where(
             (tmp_path / name / file).write_text(text)
     if content is not None:
         (tmp_path / "recipe.yaml").write_text(content.replace("TINY", str(tiny_model)))
-    refused(typed(tmp_path, "qft tune recipe.yaml"), *words)
+    assert_refused(typed(tmp_path, "qft tune recipe.yaml"), *words)
     assert not (tmp_path / "runs/recipe/adapter").exists()
 
 
@@ -100,7 +100,7 @@ def many() -> str:
     ],
 )
 def test_a_command_line_that_cannot_be_read(tmp_path: Path, typed: Type, line: str, words: list[str]) -> None:
-    refused(typed(tmp_path, line), *words)
+    assert_refused(typed(tmp_path, line), *words)
 
 
 def test_an_error_is_json_too_when_asked_for(tmp_path: Path, typed: Type) -> None:
@@ -122,21 +122,21 @@ def test_the_run_folder_of_another_recipe_is_never_overwritten(
     other = recipe_folder / "other"
     other.mkdir()
     (other / "recipe.yaml").write_text(RECIPE.format(model=tiny_model) + "# another\n")
-    refused(typed(recipe_folder, "qft plan other/recipe.yaml"), "the run of another recipe", "name=recipe-2")
+    assert_refused(typed(recipe_folder, "qft plan other/recipe.yaml"), "the run of another recipe", "name=recipe-2")
     assert (recipe_folder / "runs/recipe/recipe.yaml").read_text() == before
 
 
 def test_a_folder_that_qft_did_not_make_is_left_alone(recipe_folder: Path, typed: Type) -> None:
     (recipe_folder / "runs/recipe").mkdir(parents=True)
     (recipe_folder / "runs/recipe/thesis.txt").write_text("years of work")
-    refused(typed(recipe_folder, "qft run recipe.yaml"), "qft did not make")
+    assert_refused(typed(recipe_folder, "qft run recipe.yaml"), "qft did not make")
     assert (recipe_folder / "runs/recipe/thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission_to_write(recipe_folder: Path, typed: Type) -> None:
     (recipe_folder / "runs").mkdir(mode=0o500)
-    refused(typed(recipe_folder, "qft run recipe.yaml"), "cannot write")
+    assert_refused(typed(recipe_folder, "qft run recipe.yaml"), "cannot write")
 
 
 def test_a_full_or_unwritable_place_is_told(recipe_folder: Path, typed: Type) -> None:
@@ -164,7 +164,7 @@ def test_two_runs_on_one_folder(recipe_folder: Path, typed: Type) -> None:
     first = start(recipe_folder, "run", "recipe.yaml", "training.epochs=200")
     try:
         wait_for(recipe_folder / "runs/recipe/metrics.jsonl", first)
-        refused(typed(recipe_folder, "qft run recipe.yaml"), "another qft is at work", code=1)
+        assert_refused(typed(recipe_folder, "qft run recipe.yaml"), "another qft is at work", code=1)
     finally:
         first.send_signal(signal.SIGINT)
         _, errors = first.communicate(timeout=60)
