@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qft.data.encode import Encoded
-from qft.files import write_json
+from qft.files import folder_aside, write_json
 from qft.libraries import quiet_transformers
 from qft.measure.machine import peak_memory
 from qft.measure.quality import Runner, batches
@@ -68,7 +68,6 @@ def base(place: Place) -> dict[str, Any]:
 def lora(place: Place, kind: str) -> dict[str, Any]:
     """LoRA on the base held as `kind`: none (16 bits) or nf4; measured before any merge. Leaves FOLDER/merged-KIND."""
     from qft.bundle.assets import copy_tokenizer
-    from qft.quant.smooth import even_out
     from qft.training.loop import validate
     from qft.training.lora import merge
     from qft.training.runner import TorchRunner
@@ -91,9 +90,7 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     found = {way: validate(each, place.rows["validation"], place.tokenizer.pad_id, 16) for way, each in models.items()}
     import torch
 
-    chosen = models[choose(found)]
-    even_out(chosen, [row.input_ids for row in place.rows["train"]])
-    chosen.to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
+    models[choose(found)].to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
     copy_tokenizer(place.base, place.folder / f"merged-{kind}")
     return {
         "row_nats": nats,
@@ -126,10 +123,12 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
     )  # fmt: skip
 
 
-def nearest(place: Place, kind: str) -> dict[str, Any]:
-    """The merged model rounded to nearest, blocks of 32: what everyone ships, at the same bits a weight."""
+def nearest(place: Place, kind: str, *, evened: bool = False) -> dict[str, Any]:
+    """The merged model rounded to nearest, blocks of 32, at the same bits a weight. As it is: what everyone ships."""
     grids = replace(grids_of(find_target(TARGET)), linear=Scheme(4, 32), finer=())
-    return _ship(place, f"nearest-{kind}", {}, grids, source=_export(place, kind)) | {
+    source = _evened(place, kind) if evened else place.folder / f"merged-{kind}"
+    name = f"nearest-{'evened-' if evened else ''}{kind}"
+    return _ship(place, name, {}, grids, source=_export(source)) | {
         "total_seconds": _record(place, f"lora-{kind}")["train_seconds"]
     }
 
@@ -147,7 +146,7 @@ def fold_words(setting: Setting) -> dict[str, Any]:
 
 
 def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
-    """The merged model folded onto the grid; its time counts the teacher, the fitting and the learning (if there is any)."""
+    """The merged model evened out and folded onto the grid; its time counts the teacher, fitting and learning, if there is any."""
     from qft.base_model import load
     from qft.quant.linear import grid_layers
     from qft.quant.store import save_matrices
@@ -157,11 +156,10 @@ def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
     name = f"{'fold' if learned else 'fit'}-{kind}"
     words["steps"] *= learned
     plan = FoldPlan(grids=grids_of(find_target(words.pop("target")["name"])), seed=setting.seed, **words)
-    model = load(
-        place.folder / f"merged-{kind}", base="none", double_quant=False, compute_dtype="auto", longest=setting.length
-    )
     pad_id, folder = place.tokenizer.pad_id, place.folder / f"checkpoint-fold-{kind}"
     began = time.monotonic()
+    source = _evened(place, kind)
+    model = load(source, base="none", double_quant=False, compute_dtype="auto", longest=setting.length)
     lesson = fit(model, place.rows["train"], place.rows["validation"], plan, pad_id=pad_id)
     fitted = time.monotonic()
     if lesson is not None:
@@ -171,7 +169,7 @@ def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
     del model
     save_matrices(_matrices(place, name), matrices)
     teacher = _record(place, f"lora-{kind}")["train_seconds"]
-    return _ship(place, name, matrices, plan.grids, source=_export(place, kind)) | {
+    return _ship(place, name, matrices, plan.grids, source=_export(source)) | {
         "fold": fold_words(setting),
         "teacher_seconds": teacher,
         "fit_seconds": fitted - began,
@@ -186,7 +184,7 @@ def small_head(place: Place, kind: str) -> dict[str, Any]:
 
     matrices, folded = load_matrices(_matrices(place, f"fold-{kind}")), _record(place, f"fold-{kind}")
     grids = replace(grids_of(find_target(TARGET)), head=Scheme(4, 32))
-    shipped = _ship(place, f"small-head-{kind}", matrices, grids, source=_export(place, kind))
+    shipped = _ship(place, f"small-head-{kind}", matrices, grids, source=_export(_evened(place, kind)))
     return {key: folded[key] for key in ("fold", "total_seconds")} | shipped
 
 
@@ -195,7 +193,7 @@ def rounded(place: Place, algorithm: str) -> dict[str, Any]:
     from onnxruntime.quantization import matmul_nbits_quantizer as theirs
 
     quantizer = theirs.MatMulNBitsQuantizer(
-        str(_export(place, "none")),
+        str(_export(place.folder / "merged-none")),
         algo_config={
             "default": theirs.DefaultWeightOnlyQuantConfig(block_size=32, accuracy_level=4),
             "k_quant": theirs.KQuantWeightOnlyQuantConfig(),
@@ -217,14 +215,33 @@ def _matrices(place: Place, name: str) -> Path:
     return place.folder / f"{name}.safetensors"
 
 
-def _export(place: Place, kind: str) -> Path:
+def _evened(place: Place, kind: str) -> Path:
+    """The merged model with its channels evened out, as the stage merge leaves it; made once."""
+    import torch
+
+    from qft.base_model import load
+    from qft.bundle.assets import copy_tokenizer
+    from qft.quant.smooth import even_out
+
+    merged, folder = place.folder / f"merged-{kind}", place.folder / f"evened-{kind}"
+    if not folder.exists():
+        model = load(merged, base="none", double_quant=False, compute_dtype="auto", longest=place.setting.length)
+        even_out(model, [row.input_ids for row in place.rows["train"]])
+        with folder_aside(folder) as aside:
+            model.to(torch.bfloat16).save_pretrained(aside)
+            copy_tokenizer(merged, aside)
+    return folder
+
+
+def _export(source: Path) -> Path:
+    """The float graph of a model's folder, beside it; made once."""
     from qft.graph.export_optimum import export_float
 
-    path = place.folder / f"float-{kind}/model.onnx"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        export_float(place.folder / f"merged-{kind}", path, export_task="text-generation-with-past")
-    return path
+    folder = source.with_name(f"float-{source.name}")
+    if not folder.exists():
+        with folder_aside(folder) as aside:
+            export_float(source, aside / "model.onnx", export_task="text-generation-with-past")
+    return folder / "model.onnx"
 
 
 def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, source: Path) -> dict[str, Any]:
@@ -312,6 +329,7 @@ CELLS: dict[str, Callable[[Place], dict[str, Any]]] = {
     "lora-none": lambda place: lora(place, "none"),
     "fold-none": lambda place: fold(place, "none"),
     "fold-nf4": lambda place: fold(place, "nf4"),
+    "nearest-evened-nf4": lambda place: nearest(place, "nf4", evened=True),
     "fit-none": lambda place: fold(place, "none", learned=False),
     "small-head-none": lambda place: small_head(place, "none"),
     "ort-default": lambda place: rounded(place, "default"),

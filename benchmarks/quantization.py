@@ -25,7 +25,7 @@ from qft.measure.machine import machine, versions
 from qft.sources import cache_folder
 
 QUICK = Setting(set="tinyshakespeare", seed=0, length=128, steps=240, learning_rates=(1e-3,), test_rows=112,
-                fold_tokens=11776, fold_steps=23)  # fmt: skip
+                fold_tokens=8192, fold_steps=16)  # fmt: skip
 FULL = Setting(set="tinyshakespeare", seed=0, length=256, steps=300, learning_rates=(5e-4, 1e-3, 2e-3), test_rows=200,
                fold_tokens=24576, fold_steps=24)  # fmt: skip
 ROWS = {
@@ -36,6 +36,7 @@ ROWS = {
     "NF4 QLoRA, folded": "fold-nf4",
 }
 MORE = {
+    "NF4 QLoRA, merged, evened out, rounded to nearest": "nearest-evened-nf4",
     "16-bit LoRA, fitted rounding without learning": "fit-none",
     "16-bit LoRA, folded, embedding and head in 4 bits": "small-head-none",
     "16-bit LoRA, onnxruntime's MatMulNBitsQuantizer": "ort-default",

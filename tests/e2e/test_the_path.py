@@ -33,7 +33,9 @@ def test_two_lines_make_a_bundle(finished: Path) -> None:
     manifest = json.loads((bundle / "qft.json").read_text())
     assert manifest["quality"]["rows"] == 24
     assert manifest["lineage"]["data"][0]["sha256"]
-    facts = json.loads((finished / RUN / "run.json").read_text())["stages"]["fold"]["facts"]["targets"]["cpu-int4"]
+    stages = json.loads((finished / RUN / "run.json").read_text())["stages"]
+    assert stages["merge"]["facts"]["evened_out"] == 6  # in each of two layers: for q, k, v; for gate and up; for down
+    facts = stages["fold"]["facts"]["targets"]["cpu-int4"]
     layers = {
         t["name"]: f"{t['bits']} bits, blocks of {t['block']}"
         for t in manifest["quantization"]
