@@ -19,7 +19,7 @@ from qft.quant.fit import decoder_linears, expected_error, fit_rounding, inputs_
 from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
 from qft.training.distill import Teacher, ask_teacher, distillation_loss, divergence, feed
-from qft.training.loop import Schedule, TrainResult, train
+from qft.training.loop import Objective, Schedule, TrainResult, train
 from qft.training.sensitivity import choose_grids, divergences
 
 
@@ -137,10 +137,12 @@ def learn(
         folder=folder,
         metrics=folder / "metrics.jsonl",
         plan=mark,
-        loss_of=partial(distillation_loss, teacher=lesson.teacher),
-        judge=partial(divergence, teacher=lesson.judge),
-        start_counts=True,
-        after_step=round_again,
+        objective=Objective(
+            loss_of=partial(distillation_loss, teacher=lesson.teacher),
+            judge=partial(divergence, teacher=lesson.judge),
+            start_counts=True,
+            after_step=round_again,
+        ),
         on_progress=on_progress,
     )
 

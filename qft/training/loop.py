@@ -140,6 +140,20 @@ def cross_entropy(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: 
     return {"validation_loss": found.loss, "validation_tokens_right_percent": found.tokens_right_percent}
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is learnt and how it is judged; the default is a fine-tune's.
+
+    loss_of: a sum that is divided by the step's target tokens. start_counts: the values before the first step may be the best
+    ones, too. after_step: called whenever parameters have changed, so that what a model derives from them is made anew.
+    """
+
+    loss_of: LossOf = answer_loss
+    judge: Judge = cross_entropy
+    start_counts: bool = False
+    after_step: Callable[[], None] = lambda: None
+
+
 def train(
     model: Any,
     rows: Sequence[Encoded],
@@ -150,26 +164,17 @@ def train(
     folder: Path,
     metrics: Path,
     plan: str,
-    loss_of: LossOf = answer_loss,
-    judge: Judge = cross_entropy,
-    start_counts: bool = False,
-    after_step: Callable[[], None] = lambda: None,
+    objective: Objective = Objective(),
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
-    loss_of: what is learnt, a sum that is divided by the step's target tokens. start_counts: the values before the first step
-    may be the best ones, too. after_step: called whenever parameters have changed, so that what a model derives from them is
-    made anew.
     folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
     """
-    run = _Run(
-        model, rows, validation, schedule,
-        pad_id=pad_id, folder=folder, plan=plan, loss_of=loss_of, judge=judge, after_step=after_step,
-    )  # fmt: skip
-    at = run.begin(start_counts)
+    run = _Run(model, rows, validation, schedule, objective, pad_id, folder, plan)
+    at = run.begin()
     resumed, log, watch, saved = at.step, MetricsLog(metrics, at.step), Watch(), time.monotonic()
     with stop_flag() as stopped:
         while at.step < len(run.steps):
@@ -212,18 +217,15 @@ class _Run:
         rows: Sequence[Encoded],
         validation: Sequence[Encoded],
         schedule: Schedule,
-        *,
+        objective: Objective,
         pad_id: int,
         folder: Path,
         plan: str,
-        loss_of: LossOf,
-        judge: Judge,
-        after_step: Callable[[], None],
     ) -> None:
         from accelerate import Accelerator
 
-        self.model, self.rows, self.validation, self.schedule = model, rows, validation, schedule
-        self.pad_id, self.loss_of, self.judge, self.after_step = pad_id, loss_of, judge, after_step
+        self.model, self.rows, self.validation = model, rows, validation
+        self.schedule, self.objective, self.pad_id = schedule, objective, pad_id
         self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(
@@ -242,14 +244,14 @@ class _Run:
         self.plan = sha256_json([plan, asdict(schedule)])
         self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
 
-    def begin(self, start_counts: bool) -> Position:
+    def begin(self) -> Position:
         """Where the last checkpoint of this plan stood, or the start."""
         torch.manual_seed(self.schedule.seed)
         at = load_checkpoint(self.last, self.parameters, self.optimizer, self.plan)
-        self.after_step()
+        self.objective.after_step()
         if at is None:
             at = Position(0, 0, 0.0, math.inf, 0)
-            at = self.judged(at)[0] if start_counts else at
+            at = self.judged(at)[0] if self.objective.start_counts else at
         self.model.train()
         return at
 
@@ -261,7 +263,7 @@ class _Run:
             group["lr"] = rate
         rows = [self.rows[i] for i in self.steps[at.step]]
         loss, norm = self._descend(rows)
-        self.after_step()
+        self.objective.after_step()
         tokens, seconds = sum(len(row.input_ids) for row in rows), time.monotonic() - began
         at = replace(at, step=at.step + 1, tokens=at.tokens + tokens, seconds=at.seconds + seconds)
         line = {"step": at.step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
@@ -272,7 +274,7 @@ class _Run:
         micro, total = self.schedule.batch_size, 0.0
         targets = sum(sum(row.in_loss) for row in rows)
         for start in range(0, len(rows), micro):
-            loss = self.loss_of(self.model, rows[start : start + micro], self.pad_id) / targets
+            loss = self.objective.loss_of(self.model, rows[start : start + micro], self.pad_id) / targets
             self.accelerator.backward(loss)
             total += loss.item()
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.schedule.max_grad_norm)
@@ -282,7 +284,7 @@ class _Run:
 
     def judged(self, at: Position) -> tuple[Position, dict[str, float]]:
         """Look at the held-out rows; the values are kept if they are the best so far."""
-        figures = self.judge(self.model, self.validation, self.pad_id, self.schedule.batch_size)
+        figures = self.objective.judge(self.model, self.validation, self.pad_id, self.schedule.batch_size)
         if not figures["validation_loss"] < at.best_loss:
             return at, figures
         save_parameters(self.best, self.parameters)
@@ -295,4 +297,4 @@ class _Run:
     def take_best(self) -> None:
         """The values that judged best."""
         load_parameters(self.best, self.parameters)
-        self.after_step()
+        self.objective.after_step()
