@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -141,7 +142,7 @@ def fold_words(setting: Setting) -> dict[str, Any]:
         "batch_size": 4,
         "learning_rate": FoldKeys().learning_rate,
         "r": FoldKeys().r,
-        "target": find_target(TARGET).model_dump(),
+        "target": find_target(TARGET).model_dump(mode="json"),
     }
 
 
@@ -156,9 +157,10 @@ def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
     name = f"{'fold' if learned else 'fit'}-{kind}"
     words["steps"] *= learned
     plan = FoldPlan(grids=grids_of(find_target(words.pop("target")["name"])), seed=setting.seed, **words)
-    pad_id, folder = place.tokenizer.pad_id, place.folder / f"checkpoint-fold-{kind}"
-    began = time.monotonic()
+    pad_id, folder = place.tokenizer.pad_id, place.folder / f"checkpoint-{name}"
+    shutil.rmtree(folder, ignore_errors=True)  # seconds are those of a whole run
     source = _evened(place, kind)
+    began = time.monotonic()
     model = load(source, base="none", double_quant=False, compute_dtype="auto", longest=setting.length)
     lesson = fit(model, place.rows["train"], place.rows["validation"], plan, pad_id=pad_id)
     fitted = time.monotonic()
@@ -216,7 +218,7 @@ def _matrices(place: Place, name: str) -> Path:
 
 
 def _evened(place: Place, kind: str) -> Path:
-    """The merged model with its channels evened out, as the stage merge leaves it; made once."""
+    """The merged model with its channels evened out, as the stage merge leaves it; made once, in about ten seconds."""
     import torch
 
     from qft.base_model import load

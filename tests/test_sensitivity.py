@@ -68,6 +68,13 @@ def test_what_is_expected_of_a_grid_is_near_what_rounding_to_it_costs() -> None:
         assert expected_error(weight, hessian, scheme) == pytest.approx(measured, rel=0.4)  # ranges are searched, too
 
 
+def test_a_block_of_zeros_costs_nothing() -> None:
+    weight, hessian = torch.randn(8, 128), torch.eye(128)
+    whole = expected_error(weight[:, 64:], hessian[64:, 64:], COARSE)
+    weight[:, :64] = 0
+    assert expected_error(weight, hessian, COARSE) == pytest.approx(whole)
+
+
 sizes = st.tuples(st.integers(1, 300), st.integers(1, 300))
 divergence = st.floats(1e-6, 1.0)
 

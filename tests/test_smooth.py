@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from qft.quant.fit import decoder_linears
 from qft.quant.grids import Scheme, quantize_nearest
@@ -21,17 +30,20 @@ ROWS = torch.randint(1, 96, (4, 20), generator=torch.Generator().manual_seed(0))
 MAKERS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "gemma": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES)),  # norms of 1 + weight
+    "olmo": lambda: OlmoForCausalLM(OlmoConfig(**SIZES)),  # norms without a weight
     "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES)),  # norms with a bias; one norm feeds attention and MLP
 }
 
 
 def made(kind: str) -> Any:
-    """A model some of whose norms' channels are far larger than the others."""
+    """A model some of whose channels are far larger than the others."""
     torch.manual_seed(0)
     model = MAKERS[kind]().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data = torch.exp(2 * torch.randn(len(parameter)))
+        elif "up_proj" in name:
+            parameter.data *= torch.exp(2 * torch.randn(len(parameter), 1))
     return model
 
 
@@ -41,7 +53,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "inputs"), [("llama", 6), ("gemma", 2), ("phi", 2)])
+@pytest.mark.parametrize(("kind", "inputs"), [("llama", 6), ("gemma", 2), ("olmo", 2), ("phi", 2)])
 def test_not_a_bit_of_the_output_changes(kind: str, inputs: int, dtype: torch.dtype) -> None:
     model = made(kind).to(dtype)
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}

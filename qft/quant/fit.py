@@ -113,9 +113,10 @@ def expected_error(weight: Tensor, hessian: Tensor, scheme: Scheme) -> float:
     Good for comparing grids on one weight: fitting takes off about the same share on each.
     """
     blocks = to_blocks(weight, scheme.block)
-    steps, _ = scale_and_zero(blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0), scheme)
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    steps, _ = scale_and_zero(low, high, scheme)
     squares = to_blocks(hessian.diagonal()[None], scheme.block).sum(-1)
-    return float((steps.float().square() * squares).sum() / 12)
+    return float((steps.float().square() * squares * (high > low)).sum() / 12)  # a block of zeros stays exact
 
 
 @torch.no_grad()

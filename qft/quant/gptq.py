@@ -4,7 +4,7 @@ Three steps, all on one quadratic form, ‖X (W - Q)ᵀ‖² = tr (W - Q) H (W -
 `quantize_gptq` rounds column by column, the error of each taken up by those still to come (GPTQ, arXiv 2210.17323), columns with the
 largest inputs first, while errors are cheap to take up. Scales are found before, so blocks stay blocks of neighbours whatever the
 order: MatMulNBits needs no g_idx, which would leave its packed kernel.
-`revisit` rounds every column once more, now that all others are known (coordinate descent, as QuantEase, arXiv 2309.01885).
+`revisit` rounds every column again, now that all others are known (coordinate descent, as QuantEase, arXiv 2309.01885).
 `refit_scales` gives each block the scale that is best for its codes.
 On SmolLM2's layers in blocks of 64 the order takes 2 to 18 % off the error of GPTQ from left to right, a visit up to 5 % more, the
 next one 1 to 2 %; scales found for the error that is left of a column's, not for its input, 2 %.

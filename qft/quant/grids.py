@@ -33,7 +33,7 @@ class Scheme:
     scale_type: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"{self.bits} bits, blocks of {self.block}"
+        return f"{self.bits} bits, {'symmetric ' if self.symmetric else ''}blocks of {self.block}"
 
     @property
     def top(self) -> int:
@@ -109,7 +109,7 @@ def find_scales(blocks: Tensor, scheme: Scheme, importance: Tensor | None = None
 
     A block's range is its minimum to its maximum, always including zero, so that zero stays exactly zero; below 8 bits each
     block also tries narrower and wider ranges (as the clip search of AWQ, arXiv 2306.00978, on weights alone).
-    importance: weight of each column's error, float32 (block,). Returns scale_type and uint8, both of shape (…).
+    importance: weight of each column's error, float32, broadcast to the blocks. Returns scale_type and uint8, both of shape (…).
     """
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     best: tuple[Tensor, Tensor, Tensor] | None = None

@@ -23,8 +23,8 @@ from qft.quant.grids import Quantized, Scheme, to_blocks
 class GridLinear(torch.nn.Module):
     """y = x Wᵀ + bias with W on its grid.
 
-    fitted: where codes, scales, zero points and gain start, and L. A weight takes three bytes: one for its code, two for L,
-    float16. What learns: gain, float32 (rows, k_blocks), and the float32 adapter of rank r.
+    fitted: where scales, zero points and gain start, and L, whose nearest codes are the first ones. A weight takes three bytes:
+    one for its code, two for L, float16. What learns: gain, float32 (rows, k_blocks), and the float32 adapter of rank r.
     """
 
     def __init__(self, fitted: Fitted, bias: Tensor | None, *, r: int, seed: int) -> None:

@@ -115,6 +115,7 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         save_matrices(aside / MATRICES, {name: layer.matrix() for name, layer in layers.items()})
     quality = job.measure(f"fold-{target.name}", runner, tokenizer) if result and result.best_step else rounded
     shutil.rmtree(folder, ignore_errors=True)
+    finer = {str(grid): [name for name, layer in layers.items() if layer.scheme == grid] for grid in plan.grids.finer}
     clamped = sum(layer.clamped_percent() for layer in layers.values()) / len(layers)
     return TargetFacts(
         rounded,
@@ -123,5 +124,5 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         result.seconds if result else 0.0,
         result.best_step if result else 0,
         clamped,
-        {str(grid): [name for name, layer in layers.items() if layer.scheme == grid] for grid in plan.grids.finer},
+        {grid: names for grid, names in finer.items() if names},
     )

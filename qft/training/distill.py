@@ -58,7 +58,9 @@ def ask_teacher(model: Any, rows: Sequence[Encoded], pad_id: int, *, on_progress
 
 
 @torch.no_grad()
-def divergence(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int, teacher: Teacher) -> dict[str, float]:
+def divergence_from_teacher(
+    model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int, teacher: Teacher
+) -> dict[str, float]:
     """The judge of a fold (`loop.Judge`): how far the model is from its teacher on held-out rows, as the loss has it."""
     model.eval()
     nats = 0.0

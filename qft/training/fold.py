@@ -18,7 +18,7 @@ from qft.progress import OnProgress, silent
 from qft.quant.fit import decoder_linears, expected_error, fit_rounding, inputs_watched
 from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
-from qft.training.distill import Teacher, ask_teacher, distillation_loss, divergence, feed
+from qft.training.distill import Teacher, ask_teacher, distillation_loss, divergence_from_teacher, feed
 from qft.training.loop import Objective, Schedule, TrainResult, train
 from qft.training.sensitivity import choose_grids, divergences
 
@@ -47,7 +47,7 @@ class Lesson:
     rows: list[Encoded]
     teacher: Teacher
     held_out: list[Encoded]
-    judge: Teacher
+    held_out_teacher: Teacher
 
 
 def fit(
@@ -91,7 +91,8 @@ def _finer(model: Any, hessians: dict[str, Tensor], hurt: dict[str, float], grid
     by_grid: dict[str, dict[Scheme, float]] = {}
     for name, weight in weights.items():
         errors = {grid: expected_error(weight, hessians[name], grid) for grid in (grids.linear, *grids.finer)}
-        by_grid[name] = {grid: hurt[name] * error / errors[grids.linear] for grid, error in errors.items()}
+        share = hurt[name] / max(errors[grids.linear], 1e-30)  # a layer that was fed nothing but zeros errs nowhere
+        by_grid[name] = {grid: share * error for grid, error in errors.items()}
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
     chosen = choose_grids(by_grid, shapes, grids.most_bits)
     return {name: grid for name, grid in chosen.items() if grid != grids.linear}
@@ -139,7 +140,7 @@ def learn(
         plan=mark,
         objective=Objective(
             loss_of=partial(distillation_loss, teacher=lesson.teacher),
-            judge=partial(divergence, teacher=lesson.judge),
+            judge=partial(divergence_from_teacher, teacher=lesson.held_out_teacher),
             start_counts=True,
             after_step=round_again,
         ),
