@@ -11,7 +11,7 @@ from qft.measure.speed import Speed
 from qft.report.summary import WaterfallStep
 
 INK, MUTED, LINE = "#1f2933", "#7b8794", "#e4e7eb"
-BASE, GOOD, ACCENT = "#9aa5b1", "#2f7d6d", "#d1495b"
+BASE, GOOD, SHIPPED, ACCENT = "#9aa5b1", "#2f7d6d", "#174a40", "#d1495b"
 
 
 def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
@@ -19,7 +19,7 @@ def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
     figure, axes = _figure(6.4, 2.6)
     names = [f"{s.stage}\n{s.target}" if s.target else s.stage for s in steps]
     values = [s.quality.value for s in steps]
-    colours = [BASE if s.stage == "base" else ACCENT if s.stage == "shipped" else GOOD for s in steps]
+    colours = [BASE if s.stage == "base" else SHIPPED if s.stage == "shipped" else GOOD for s in steps]
     bars = axes.bar(range(len(steps)), values, width=0.62, color=colours)
     percent = steps[0].quality.metric != "perplexity"
     axes.bar_label(bars, [f"{v:.1f} %" if percent else f"{v:.2f}" for v in values], padding=3, color=INK, fontsize=10)

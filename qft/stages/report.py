@@ -115,7 +115,8 @@ def _waterfall(job: Job) -> list[WaterfallStep]:
 
 
 def _training(job: Job, facts: tune.Facts) -> Training:
-    lines = [json.loads(line) for line in job.run.metrics.read_text("utf-8").splitlines()]
+    metrics = job.run.metrics
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
     curve = [(line["step"], line["loss"], line.get("validation_loss")) for line in lines]
     return Training(
         facts.steps,
