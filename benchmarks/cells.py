@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import math
 import random
 import shutil
@@ -192,10 +193,14 @@ def small_head(place: Place, kind: str) -> dict[str, Any]:
 
 def rounded(place: Place, algorithm: str) -> dict[str, Any]:
     """The 16-bit fine-tune, its linear layers rounded by onnxruntime's own quantizer: default, k_quant or hqq, blocks of 32."""
+    import onnx
     from onnxruntime.quantization import matmul_nbits_quantizer as theirs
 
+    logging.getLogger(theirs.__name__).setLevel(logging.WARNING)  # it tells of every node it skips
     quantizer = theirs.MatMulNBitsQuantizer(
-        str(_export(place.folder / "merged-none")),
+        onnx.load(
+            _export(place.folder / "merged-none")
+        ),  # with its data: k_quant and HQQ leave references to the old file
         algo_config={
             "default": theirs.DefaultWeightOnlyQuantConfig(block_size=32, accuracy_level=4),
             "k_quant": theirs.KQuantWeightOnlyQuantConfig(),
