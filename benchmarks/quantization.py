@@ -153,17 +153,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if row.get("gap") and row["gap"]["low"] != row["gap"]["high"]][::-1]
-    figure = Figure(figsize=(7, 0.6 + 0.5 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(9, 0.6 + 0.4 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     values = [row["gap"]["percent"] for row in shown]
     reach = [[v - row["gap"]["low"] for v, row in zip(values, shown, strict=True)],
              [row["gap"]["high"] - v for v, row in zip(values, shown, strict=True)]]  # fmt: skip
     colours = ["#2f7d6d" if "folded" in row["row"] else "#9aa5b1" for row in shown]
-    labels = [f"{row['row']} (seed {row['seed']})" for row in shown]
+    seeds = len({row["seed"] for row in shown})
+    labels = [row["row"] if seeds == 1 else f"{row['row']} (seed {row['seed']})" for row in shown]
     bars = axes.barh(labels, values, xerr=reach, color=colours, ecolor="#1f2933", capsize=3, height=0.6)
     axes.bar_label(bars, [f"{v:+.1f} %" for v in values], padding=14)
-    axes.set_xlim(min(0.0, *values), max(values) * 1.25)
-    axes.set_xlabel("perplexity above the same fine-tune in float, %")
+    axes.set_xlim(min(0.0, *values), max(values) * 1.4)
+    axes.set_xlabel("perplexity above the same float fine-tune, %")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
