@@ -23,6 +23,7 @@ import numpy as np
 from qft.data.encode import Encoded
 from qft.files import folder_aside, write_json
 from qft.libraries import quiet_transformers
+from qft.measure.agreement import log_softmax
 from qft.measure.machine import peak_memory
 from qft.measure.quality import Runner, batches
 from qft.measure.speed import measure_in_fresh_process
@@ -197,10 +198,9 @@ def rounded(place: Place, algorithm: str) -> dict[str, Any]:
     from onnxruntime.quantization import matmul_nbits_quantizer as theirs
 
     logging.getLogger(theirs.__name__).setLevel(logging.WARNING)  # it tells of every node it skips
+    float_model = onnx.load(_export(place.folder / "merged-none"))  # whole: k_quant and HQQ keep references to a file
     quantizer = theirs.MatMulNBitsQuantizer(
-        onnx.load(
-            _export(place.folder / "merged-none")
-        ),  # with its data: k_quant and HQQ leave references to the old file
+        float_model,
         algo_config={
             "default": theirs.DefaultWeightOnlyQuantConfig(block_size=32, accuracy_level=4),
             "k_quant": theirs.KQuantWeightOnlyQuantConfig(),
@@ -309,10 +309,7 @@ def row_nats(runner: Runner, rows: list[Encoded]) -> list[float]:
         ids = [rows[i].input_ids for i in batch]
         width = len(ids[0]) - 1  # rows have one length
         for index, row, logits in zip(batch, ids, runner.logits([r[:-1] for r in ids], width), strict=True):
-            values = logits[-width:].astype(np.float64)
-            top = values.max(-1)
-            log_total = top + np.log(np.exp(values - top[:, None]).sum(-1))
-            found[index] = float((log_total - values[np.arange(width), row[1:]]).sum())
+            found[index] = -float(log_softmax(logits[-width:])[np.arange(width), row[1:]].sum())
     return found
 
 

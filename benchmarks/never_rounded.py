@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells import DATA
+from benchmarks.quantization import interval
 from qft.files import write_json
 from qft.libraries import quiet_transformers
 from qft.measure.machine import machine, versions
@@ -89,14 +90,13 @@ def put(model: Any, weights: dict[str, Tensor]) -> None:
 
 def figures(record: dict[str, Any], right: list[bool]) -> dict[str, float]:
     """A row's figures against float32's answers; low and high: 95 % of the points, bootstrap over rows, paired."""
-    chance, count = random.Random(0), len(right)
     points = [100 * (ours - theirs) for theirs, ours in zip(right, record["right"], strict=True)]
-    means = sorted(fmean(chance.choices(points, k=count)) for _ in range(2000))
+    low, high = interval(lambda rows: fmean(points[i] for i in rows), len(points))
     return {
         "right_percent": 100 * fmean(record["right"]),
         "points": fmean(points),
-        "low": means[50],
-        "high": means[1949],
+        "low": low,
+        "high": high,
         "cosine_distance": fmean(record["distances"]),
     }
 

@@ -15,6 +15,7 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,22 @@ class Gap:
     high: float
 
 
+def interval(statistic: Callable[[Sequence[int]], float], count: int, draws: int = 2000) -> tuple[float, float]:
+    """95 % of a statistic of row numbers, by bootstrap over `count` rows."""
+    chance = random.Random(0)
+    found = sorted(statistic(chance.choices(range(count), k=count)) for _ in range(draws))
+    return found[int(0.025 * draws)], found[int(0.975 * draws)]
+
+
 def gap(reference: list[float], other: list[float], tokens: list[int], *, draws: int = 2000) -> Gap:
     """reference, other: summed loss of each test row, nats; tokens: its targets."""
-    chance = random.Random(0)
     count = len(tokens)
 
-    def percent(rows: list[int]) -> float:
+    def percent(rows: Sequence[int]) -> float:
         difference = sum(other[i] - reference[i] for i in rows) / sum(tokens[i] for i in rows)
         return 100 * (math.exp(difference) - 1)
 
-    found = sorted(percent(chance.choices(range(count), k=count)) for _ in range(draws))
-    return Gap(percent(list(range(count))), found[int(0.025 * draws)], found[int(0.975 * draws)])
+    return Gap(percent(range(count)), *interval(percent, count, draws))
 
 
 def cell(name: str, setting: Setting) -> dict[str, Any]:

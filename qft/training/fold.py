@@ -63,16 +63,14 @@ def fit(
 
     Returns what `learn` needs of the model as it was before; None if the plan has no steps of learning.
     """
-    chosen, lesson = _draw(rows, plan.tokens, plan.seed), None
+    chosen = _draw(rows, plan.tokens, plan.seed)
+    look = ask_teacher if plan.steps else feed
     with inputs_watched(model) as hessians:
-        if plan.steps:
-            teacher = ask_teacher(model, chosen, pad_id, on_progress=on_progress)
-        else:
-            feed(model, chosen, pad_id, on_progress=on_progress)
-    if plan.steps:
-        lesson = Lesson(
-            chosen, teacher, list(validation), ask_teacher(model, validation, pad_id, on_progress=on_progress)
-        )
+        teacher = look(model, chosen, pad_id, on_progress=on_progress)
+    lesson = None
+    if teacher is not None:
+        held_out = ask_teacher(model, validation, pad_id, on_progress=on_progress)
+        lesson = Lesson(chosen, teacher, list(validation), held_out)
     fitted = fit_rounding(
         model, hessians, dict.fromkeys(decoder_linears(model), plan.grids.linear), on_progress=on_progress
     )
