@@ -70,9 +70,12 @@ def base(place: Place) -> dict[str, Any]:
 
 def lora(place: Place, kind: str) -> dict[str, Any]:
     """LoRA on the base held as `kind`: none (16 bits) or nf4; measured before any merge. Leaves FOLDER/merged-KIND."""
+    import torch
+
+    from qft.base_model import load
     from qft.bundle.assets import copy_tokenizer
-    from qft.training.loop import validate
-    from qft.training.lora import merge
+    from qft.training.causal import CausalForward
+    from qft.training.lora import merge, round_base_to_4bit
     from qft.training.runner import TorchRunner
 
     best: tuple[float, Any, Any] | None = None
@@ -86,13 +89,14 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     model.save_pretrained(adapter)
     nats = row_nats(TorchRunner(model.eval(), place.tokenizer.pad_id), place.rows["test"])
     del model
-    models = {
-        way: merge(place.base, adapter, quant=kind, double_quant=True, onto_rounded=way != "16-bit base").float()
-        for way in ways(kind)
-    }
-    found = {way: validate(each, place.rows["validation"], place.tokenizer.pad_id, 16) for way, each in models.items()}
-    import torch
-
+    models = {}
+    for way in ways(kind):
+        base = load(place.base, base="none", double_quant=False, compute_dtype="bfloat16")
+        if way != "16-bit base":
+            round_base_to_4bit(base, base=kind, double_quant=True)
+        models[way] = merge(base, adapter).float()
+    forward = CausalForward(place.tokenizer.pad_id)
+    found = {way: forward.validate(each, place.rows["validation"], 16) for way, each in models.items()}
     models[choose(found)].to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
     copy_tokenizer(place.base, place.folder / f"merged-{kind}")
     return {
@@ -106,7 +110,8 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
 
 def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
     from qft.base_model import load
-    from qft.training.loop import Schedule, train
+    from qft.training.causal import CausalForward
+    from qft.training.loop import Schedule, fine_tuning, train
     from qft.training.lora import attach
 
     setting = place.setting
@@ -120,8 +125,9 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
         seed=setting.seed,
     )  # fmt: skip
     folder = place.folder / f"checkpoint-{kind}-{rate}"
+    tuning = fine_tuning(CausalForward(place.tokenizer.pad_id))
     return model, train(
-        model, place.rows["train"], place.rows["validation"], schedule, pad_id=place.tokenizer.pad_id, folder=folder,
+        model, place.rows["train"], place.rows["validation"], schedule, tuning, folder=folder,
         metrics=folder / "metrics.jsonl", plan=kind,
     )  # fmt: skip
 
@@ -153,21 +159,22 @@ def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
     from qft.base_model import load
     from qft.quant.linear import grid_layers
     from qft.quant.store import save_matrices
+    from qft.training.causal import CausalForward
     from qft.training.fold import FoldPlan, fit, learn
 
     setting, words = place.setting, fold_words(place.setting)
     name = f"{'fold' if learned else 'fit'}-{kind}"
     words["steps"] *= learned
     plan = FoldPlan(grids=grids_of(find_target(words.pop("target")["name"])), seed=setting.seed, **words)
-    pad_id, folder = place.tokenizer.pad_id, place.folder / f"checkpoint-{name}"
+    forward, folder = CausalForward(place.tokenizer.pad_id), place.folder / f"checkpoint-{name}"
     shutil.rmtree(folder, ignore_errors=True)  # seconds are those of a whole run
     source = _evened(place, kind)
     began = time.monotonic()
     model = load(source, base="none", double_quant=False, compute_dtype="auto", longest=setting.length)
-    lesson = fit(model, place.rows["train"], place.rows["validation"], plan, pad_id=pad_id)
+    lesson = fit(model, place.rows["train"], place.rows["validation"], plan, forward=forward)
     fitted = time.monotonic()
     if lesson is not None:
-        learn(model, lesson, plan, pad_id=pad_id, folder=folder, mark=kind)
+        learn(model, lesson, plan, forward=forward, folder=folder, mark=kind)
     ended = time.monotonic()
     matrices = {name: layer.matrix() for name, layer in grid_layers(model)}
     del model
@@ -268,7 +275,9 @@ def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, so
     (bundle / "config.json").write_text((place.base / "config.json").read_text())
     update(bundle, model=target.model)
     nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
-    speed = measure_in_fresh_process(bundle, prompt_tokens=64, new_tokens=32, trials=3, threads=0, provider="cpu")
+    speed = measure_in_fresh_process(
+        bundle, {"prompt_tokens": 64, "new_tokens": 32}, trials=3, threads=0, provider="cpu"
+    )
     graph = ir.load(path).graph
     stored = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     return {

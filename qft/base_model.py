@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,23 @@ from qft.progress import OnProgress, Progress, silent
 from qft.sources import Source
 
 
+@dataclass(frozen=True)
+class LabelHead:
+    """What a classifier chooses from. shares: of training rows that have each label. several: a row may have any number.
+
+    pad_id: decoders find the end of a text by its padding.
+    """
+
+    names: tuple[str, ...]
+    shares: tuple[float, ...]
+    several: bool
+    pad_id: int
+
+
 def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = silent) -> Path:
     """A folder with config.json, safetensors and tokenizer.json. A .gguf is converted once, to bfloat16, and cached.
 
-    Raises InputError if it is no model, or no causal language model.
+    Raises InputError if it is no model.
     """
     if source.path.is_dir():
         return _checked(source.path)
@@ -41,22 +55,31 @@ def _checked(folder: Path) -> Path:
         raise InputError(
             f"{folder} holds no config.json, so it is not a model", hint="name the folder that holds config.json"
         )
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-    architectures = config.get("architectures") or []
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        raise InputError(
-            f"{folder.name} is a {architectures[0]}, not a causal language model",
-            where="model",
-            hint="task text-generation needs a …ForCausalLM model",
-        )
+    _config(folder)
     if not list(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} holds no .safetensors weights", hint="pickled weights are not read; convert them first"
         )
     return folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def check_writes(folder: Path) -> None:
+    """Raises InputError if the checkpoint is no causal language model."""
+    architectures = _config(folder).get("architectures") or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise InputError(
+            f"{folder.name} is a {architectures[0]}, not a causal language model",
+            where="model",
+            hint="task text-generation needs a …ForCausalLM model; task text-classification takes encoders too",
+        )
 
 
 def _convert_gguf(path: Path, target: Path) -> None:
@@ -111,11 +134,23 @@ def _set_end(folder: Path, eos_id: int) -> None:
 _PLAIN_ATTENTION_TOKENS = 512
 
 
-def load(
-    folder: Path, *, base: str, double_quant: bool, compute_dtype: str, longest: int | None = None, device: str = "cpu"
-) -> Any:
-    """A causal LM for training or measuring. base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
+# Layers that stay float in a 4-bit classifier: new ones that learn whole, and the small ones before them.
+CLASSIFIER_PARTS = frozenset({"classifier", "score", "pre_classifier", "pooler"})
 
+
+def load(
+    folder: Path,
+    *,
+    base: str,
+    double_quant: bool,
+    compute_dtype: str,
+    longest: int | None = None,
+    device: str = "cpu",
+    head: LabelHead | None = None,
+) -> Any:
+    """A model for training or measuring: a causal LM, or with a head of labels a classifier.
+
+    base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
     compute_dtype: a torch type's name, or auto (see `compute_type`).
     longest: tokens of the longest row it will be fed, None if that is not known.
     """
@@ -132,13 +167,70 @@ def load(
             bnb_4bit_quant_type=base,
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=sorted(CLASSIFIER_PARTS) if head else None,
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: Any
+    if head is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        _make_head_input_contiguous(model)
+    else:
+        model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
-    _make_head_input_contiguous(model)
     if base != "none":
         return model
     return (model.dequantize() if is_quantized(folder) else model).to(device)
+
+
+def _load_classifier(folder: Path, head: LabelHead, options: dict[str, Any]) -> Any:
+    """With the checkpoint's own head if it has one for these labels, else with one that knows how frequent they are."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, about = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            id2label=dict(enumerate(head.names)),
+            label2id={name: number for number, name in enumerate(head.names)},
+            problem_type="multi_label_classification" if head.several else "single_label_classification",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    except ValueError as error:
+        raise InputError(
+            f"transformers has no classifier for {folder.name}: {str(error).splitlines()[0][:200]}",
+            where="model",
+            hint="an encoder such as BERT, or a decoder with a …ForSequenceClassification class, is needed",
+        ) from None
+    linear = label_layer(model, len(head.names))
+    known = _config(folder).get("id2label") or {}
+    same = [known.get(str(number)) for number in range(len(known))] == list(head.names)
+    if about["missing_keys"] or about["mismatched_keys"] or not same:
+        _start_at_shares(linear, head)
+    linear.float()  # what learns, learns in float32, whatever the layers before it compute in
+    linear.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+    model.config.pad_token_id = head.pad_id
+    return model
+
+
+def label_layer(model: Any, labels: int) -> Any:
+    """The linear layer whose outputs are the labels' logits."""
+    import torch
+
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == labels][-1]
+
+
+def _start_at_shares(linear: Any, head: LabelHead) -> None:
+    """Weights zero, bias the log of each label's share (the log odds, with several labels): the best guess without the text.
+
+    As in arXiv 1708.02002, section 4.1. Decoders' heads have no bias: all labels are then equally likely.
+    """
+    import torch
+
+    shares = torch.tensor(head.shares).clamp(1e-6, 1 - 1e-6)
+    with torch.no_grad():
+        linear.weight.zero_()
+        if linear.bias is not None:
+            linear.bias.copy_(torch.logit(shares) if head.several else shares.log())
 
 
 def compute_type(name: str, device: str = "cpu") -> Any:
@@ -172,7 +264,13 @@ def _multiply_seconds(dtype: Any) -> float:
 
 def is_quantized(folder: Path) -> bool:
     """Whether the checkpoint's weights are held in few bits already, as in `…-bnb-4bit` on the hub."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
+    return "quantization_config" in _config(folder)
+
+
+def own_type(folder: Path) -> str:
+    """float32 if that is what the checkpoint's weights are held in, else bfloat16: what they are merged into."""
+    config = _config(folder)
+    return "float32" if (config.get("dtype") or config.get("torch_dtype")) == "float32" else "bfloat16"
 
 
 def keep_quantized_weights_unpacked(model: Any) -> None:

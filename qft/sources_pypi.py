@@ -21,7 +21,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
 from qft.errors import InputError
-from qft.files import exclusive, sha256_file, write_json
+from qft.files import exclusive, sha256_file, sha256_folder, write_json
 from qft.progress import OnProgress, Progress
 
 _ARCHIVE = re.compile(r"\.(whl|zip|tar|tgz|tar\.gz|tar\.bz2|tar\.xz)$")
@@ -83,7 +83,7 @@ def _extract_first(name: str, version: str, inner: str | None, folder: Path, on_
             record["licence"] = record.get("licence") or _licence(archive)
             record["extracted"][inner or ""] = {
                 "path": found.relative_to(folder).as_posix(),
-                "sha256": sha256_file(found),
+                "sha256": sha256_folder(found) if found.is_dir() else sha256_file(found),
                 "from": file.name,
             }
             write_json(folder / "record.json", record)
@@ -237,7 +237,8 @@ def _names(archive: Path) -> list[str]:
 
 
 def _walk(archive: Path, wanted: str, out: Path) -> Path | None:
-    """Follow `wanted` into an archive, and into archives inside it; returns the file that lies at its end."""
+    """Follow `wanted` into an archive, and into archives inside it; returns the file or folder that lies at its end."""
+    under: list[tuple[str, str]] = []
     for member in _names(archive):
         plain = _safe(member)
         for name in (plain, plain.partition("/")[2]):  # a source archive's own top folder may be left out
@@ -246,7 +247,11 @@ def _walk(archive: Path, wanted: str, out: Path) -> Path | None:
             if name and _ARCHIVE.search(name) and wanted.startswith(name + "/"):
                 inside = _take(archive, member, out / (name + ".archive"))
                 return _walk(inside, wanted[len(name) + 1 :], out / name)
-    return None
+            if name.startswith(wanted + "/") and not member.endswith("/"):
+                under.append((member, name))
+    for member, name in under:
+        _take(archive, member, out / name)
+    return out / wanted if under else None
 
 
 def _safe(member: str) -> str:

@@ -16,12 +16,13 @@ from qft.data.encode import Encoded
 from qft.errors import Interrupted
 from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
+from qft.measure.agreement import TOP
 from qft.quant.grids import Grids, Scheme, dequantize
 from qft.quant.linear import grid_layers
-from qft.training.distill import TOP, TopDivergence, ask_teacher, distillation_loss
+from qft.training.distill import TopDivergence
 from qft.training.fold import FoldPlan, Lesson, fit, learn
 from qft.training.runner import TorchRunner
-from tests.test_training import PAD, rows
+from tests.test_training import FORWARD, PAD, rows
 
 PLAN = FoldPlan(
     grids=Grids(Scheme(4, 32), head=Scheme(8, 64, symmetric=True), finer=(Scheme(8, 32, symmetric=True),), most_bits=5.5),
@@ -62,37 +63,37 @@ def test_all_tokens_kept_it_is_the_whole_divergence() -> None:
 
 def test_a_teacher_has_nothing_to_learn_from_itself(tiny_model: Path) -> None:
     model, batch = plain(tiny_model), rows(6)
-    teacher = ask_teacher(model, batch, PAD)
+    teacher = FORWARD.ask(model, batch)
     assert len(teacher.ids) == sum(len(row.input_ids) for row in batch)
     with torch.no_grad():
-        itself = distillation_loss(model, batch, PAD, teacher).item()
+        itself = FORWARD.divergence(model, batch, teacher).item()
         model.model.layers[0].mlp.up_proj.weight.data *= 1.2
-        other = distillation_loss(model, batch, PAD, teacher).item()
+        other = FORWARD.divergence(model, batch, teacher).item()
     assert abs(itself) < 1e-3  # float16 logarithms
     assert other > 100 * abs(itself)
 
 
 def test_rows_in_a_padded_batch_say_what_they_say_alone(tiny_model: Path) -> None:
     model, batch = plain(tiny_model), rows(5)
-    teacher = ask_teacher(model, batch, PAD)
+    teacher = FORWARD.ask(model, batch)
     model.model.layers[0].mlp.up_proj.weight.data *= 1.2
     with torch.no_grad():
-        together = distillation_loss(model, batch, PAD, teacher)
-        alone = sum(distillation_loss(model, [row], PAD, teacher) for row in batch)
+        together = FORWARD.divergence(model, batch, teacher)
+        alone = sum(FORWARD.divergence(model, [row], teacher) for row in batch)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def divergence(model: Any, lesson: Lesson) -> float:
     with torch.no_grad():
-        return distillation_loss(model.eval(), lesson.rows, PAD, lesson.teacher).item()
+        return FORWARD.divergence(model.eval(), lesson.rows, lesson.teacher).item()
 
 
 def folded(folder: Path, scratch: Path, on_progress: Any = lambda _: None) -> tuple[Any, Lesson, float]:
     model = plain(folder)
-    lesson = fit(model, rows(60), rows(6, seed=9), PLAN, pad_id=PAD)
+    lesson = fit(model, rows(60), rows(6, seed=9), PLAN, forward=FORWARD)
     assert lesson is not None
     before = divergence(model, lesson)
-    learn(model, lesson, PLAN, pad_id=PAD, folder=scratch, mark="m", on_progress=on_progress)
+    learn(model, lesson, PLAN, forward=FORWARD, folder=scratch, mark="m", on_progress=on_progress)
     return model, lesson, before
 
 
@@ -110,10 +111,10 @@ def test_learning_that_leads_away_from_the_tuned_model_leaves_it_as_it_was_fitte
 ) -> None:
     plan = replace(PLAN, steps=2, learning_rate=0.05)
     model = plain(tiny_model)
-    lesson = fit(model, rows(60), rows(6, seed=9), plan, pad_id=PAD)
+    lesson = fit(model, rows(60), rows(6, seed=9), plan, forward=FORWARD)
     assert lesson is not None
     before = [layer.matrix() for _, layer in grid_layers(model)]
-    result = learn(model, lesson, plan, pad_id=PAD, folder=tmp_path, mark="m")
+    result = learn(model, lesson, plan, forward=FORWARD, folder=tmp_path, mark="m")
     assert result.best_step == 0
     for (_, layer), kept in zip(grid_layers(model), before, strict=True):
         assert torch.equal(layer.matrix().codes, kept.codes)
@@ -124,7 +125,7 @@ def test_without_steps_nothing_is_asked_and_the_codes_are_the_same(tiny_model: P
     codes = []
     for steps in (0, 60):
         model = plain(tiny_model)
-        lesson = fit(model, rows(60), rows(6, seed=9), replace(PLAN, steps=steps), pad_id=PAD)
+        lesson = fit(model, rows(60), rows(6, seed=9), replace(PLAN, steps=steps), forward=FORWARD)
         assert (lesson is None) == (steps == 0)
         codes.append([layer.codes for _, layer in grid_layers(model)])
     assert all(torch.equal(one, other) for one, other in zip(*codes, strict=True))

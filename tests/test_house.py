@@ -36,13 +36,12 @@ LEVELS = [
         "sources_pypi",
         "base_model",
         "targets",
-        "tasks",
     ],
     ["data"],
     ["quant"],
     ["bundle"],
     ["measure", "graph", "training"],
-    ["report", "runfolder"],
+    ["tasks", "report", "runfolder"],
     ["stages"],
     ["pipeline"],
     ["console"],
@@ -160,7 +159,8 @@ def test_stages_stand_on_stages_before_them() -> None:
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
     "data.columns": ["a"], "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
-    "data.system": "a", "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
+    "data.system": "a", "data.label_separator": ";",
+    "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def test_loss_and_answers_are_those_of_transformers(
         chosen = log_p[:-1].gather(1, ids[0, 1:, None])[:, 0][flags[1:]]
         hits += int((log_p[:-1].argmax(-1) == ids[0, 1:])[flags[1:]].sum())
         nats, targets = nats - chosen.sum().item(), targets + len(chosen)
-    assert quality.target_tokens == targets
+    assert quality.targets == targets
     assert quality.loss == pytest.approx(nats / targets, rel=1e-5)  # float32 logits against float64
     assert quality.perplexity == pytest.approx(math.exp(nats / targets), rel=1e-5)
     assert quality.token_accuracy_percent == pytest.approx(100 * hits / targets)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qft.stages.merge import choose
-from qft.training.loop import Validation
+from qft.training.forward import Validation
 
 
 def measured(nats: np.ndarray) -> Validation:

@@ -15,7 +15,7 @@ from qft.base_model import load
 from qft.quant.fit import Fitted, decoder_linears, dense, expected_error
 from qft.quant.grids import Scheme, dequantize, quantize_nearest
 from qft.training.sensitivity import _moves_watched, choose_grids, divergences
-from tests.test_training import PAD, rows
+from tests.test_training import FORWARD, rows
 
 GRIDS = COARSE, MIDDLE, FINE = Scheme(4, 64), Scheme(4, 32), Scheme(8, 64, symmetric=True)
 
@@ -43,7 +43,7 @@ def test_a_move_is_the_product_of_the_weights_gradient_and_its_rounding(model: A
 
 def test_the_estimate_is_near_the_divergence_measured(model: Any) -> None:
     fitted, some = rounded(model), rows(16, seed=5)
-    estimated = divergences(model, some, fitted, pad_id=PAD, seed=0)
+    estimated = divergences(model, some, fitted, forward=FORWARD, seed=0)
     measured = {}
     with torch.no_grad():
         log_p = [torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits, -1) for row in some]

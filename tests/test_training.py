@@ -19,10 +19,13 @@ import torch
 from qft.base_model import load
 from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
-from qft.training.loop import Schedule, answer_loss, learning_rate_at, plan_batches, train, validate
-from qft.training.lora import attach, merge, trainable
+from qft.training.causal import CausalForward
+from qft.training.loop import Schedule, fine_tuning, learning_rate_at, plan_batches, train
+from qft.training.lora import attach, merge, round_base_to_4bit, trainable
 
 PAD = 2
+FORWARD = CausalForward(PAD)
+TUNING = fine_tuning(FORWARD)
 SCHEDULE = Schedule(
     epochs=1, learning_rate=1e-3, warmup_ratio=0.1, batch_size=4, gradient_accumulation_steps=1, weight_decay=0.0,
     max_grad_norm=1.0, evaluations=2, checkpoint_minutes=60, seed=0,
@@ -57,7 +60,7 @@ def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32") -> Any:
 def gradients(model: Any, batch: list[Encoded]) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
-    answer_loss(model, batch, PAD).backward()
+    FORWARD.loss(model, batch).backward()
     return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
 
 
@@ -68,7 +71,7 @@ def test_a_held_out_evaluation_changes_neither_gradients_nor_weights(tiny_model:
     model = tuned(tiny_model, dtype=dtype)
     layers = [m for m in model.modules() if type(m) is bitsandbytes.nn.Linear4bit]
     before = [bnb.dequantize_4bit(m.weight.data, m.weight.quant_state).clone() for m in layers]
-    validate(model, held_out, PAD, 4)
+    FORWARD.validate(model, held_out, 4)
     after = [bnb.dequantize_4bit(m.weight.data, m.weight.quant_state) for m in layers]
     assert len(layers) == 14
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
@@ -86,7 +89,7 @@ def test_four_micro_batches_of_one_equal_one_of_four(tiny_model: Path) -> None:
     whole = gradients(model, batch)
     model.zero_grad()
     for row in batch:
-        (answer_loss(model, [row], PAD) / targets).backward()
+        (FORWARD.loss(model, [row]) / targets).backward()
     for name, parameter in trainable(model).items():
         torch.testing.assert_close(parameter.grad * targets, whole[name], rtol=1e-3, atol=1e-5)
 
@@ -98,17 +101,17 @@ def test_a_prefix_that_rows_share_changes_neither_loss_nor_gradients(
     batch = [Encoded(start + r.input_ids, (False,) * 10 + r.in_loss, r.answer_start + 10, None, "r") for r in rows(5)]
     model = tuned(tiny_model)
     assert shared_prefix([r.input_ids for r in batch], keep=7) == 10
-    shared, loss = gradients(model, batch), answer_loss(model, batch, PAD).item()
+    shared, loss = gradients(model, batch), FORWARD.loss(model, batch).item()
     monkeypatch.setattr("qft.training.runner.shared_prefix", lambda *_, **__: 0)
     whole = gradients(model, batch)
-    assert answer_loss(model, batch, PAD).item() == pytest.approx(loss, rel=1e-5)
+    assert FORWARD.loss(model, batch).item() == pytest.approx(loss, rel=1e-5)
     for name, gradient in whole.items():
         torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
 def test_held_out_figures_are_those_of_a_plain_forward_pass(tiny_model: Path) -> None:
     model, held_out = tuned(tiny_model), rows(6, seed=3)
-    found = validate(model, held_out, PAD, 4)
+    found = FORWARD.validate(model, held_out, 4)
     row_nats, right, count = [], 0, 0
     with torch.no_grad():
         for row in held_out:
@@ -118,7 +121,7 @@ def test_held_out_figures_are_those_of_a_plain_forward_pass(tiny_model: Path) ->
             right, count = right + int((logits.argmax(-1) == ids)[flags].sum()), count + int(flags.sum())
     assert found.row_nats == pytest.approx(row_nats, rel=1e-4)
     assert found.loss == pytest.approx(sum(row_nats) / count, rel=1e-5)
-    assert found.tokens_right_percent == pytest.approx(100 * right / count)
+    assert found.right_percent == pytest.approx(100 * right / count)
 
 
 def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> None:
@@ -127,9 +130,7 @@ def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> No
         schedule = Schedule(**{**vars(SCHEDULE), "batch_size": micro, "gradient_accumulation_steps": times})
         folder = tmp_path / f"{micro}"
         model = tuned(tiny_model, base="none")
-        train(
-            model, rows(24), rows(6, seed=9), schedule, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl", plan="p"
-        )
+        train(model, rows(24), rows(6, seed=9), schedule, TUNING, folder=folder, metrics=folder / "m.jsonl", plan="p")
         losses.append([json.loads(line)["loss"] for line in (folder / "m.jsonl").read_text().splitlines()])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)
 
@@ -139,7 +140,7 @@ def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(tiny_model
 
     def go(folder: Path, on_progress: Any = lambda _: None) -> Any:
         model = tuned(tiny_model)
-        return model, train(model, data, held_out, SCHEDULE, pad_id=PAD, folder=folder, metrics=folder / "m.jsonl",
+        return model, train(model, data, held_out, SCHEDULE, TUNING, folder=folder, metrics=folder / "m.jsonl",
                             plan="p", on_progress=on_progress)  # fmt: skip
 
     def interrupt(report: Any) -> None:
@@ -171,7 +172,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model: Path, tmp_pat
             raise Killed
 
     def go(on_progress: Any = lambda _: None) -> Any:
-        return train(tuned(tiny_model), rows(40), rows(6, seed=9), schedule, pad_id=PAD, folder=tmp_path,
+        return train(tuned(tiny_model), rows(40), rows(6, seed=9), schedule, TUNING, folder=tmp_path,
                      metrics=tmp_path / "m.jsonl", plan="p", on_progress=on_progress)  # fmt: skip
 
     with pytest.raises(Killed):
@@ -181,7 +182,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model: Path, tmp_pat
 
 def test_a_checkpoint_of_another_plan_is_not_used(tiny_model: Path, tmp_path: Path) -> None:
     for plan in ("one", "two"):
-        result = train(tuned(tiny_model), rows(8), rows(4, seed=9), SCHEDULE, pad_id=PAD, folder=tmp_path,
+        result = train(tuned(tiny_model), rows(8), rows(4, seed=9), SCHEDULE, TUNING, folder=tmp_path,
                        metrics=tmp_path / "m.jsonl", plan=plan)  # fmt: skip
         assert result.resumed_from_step == 0
 
@@ -190,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path
     model = tuned(tiny_model)
     next(iter(trainable(model).values())).data.fill_(math.nan)
     with pytest.raises(StageError, match="at step 1"):
-        train(model, rows(8), rows(4), SCHEDULE, pad_id=PAD, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
+        train(model, rows(8), rows(4), SCHEDULE, TUNING, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
 
 
 def test_a_loss_that_explodes_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_loss_that_explodes_stops_the_run(tiny_model: Path, tmp_path: Path) ->
             for row in rows(16)]  # fmt: skip
     schedule = Schedule(**{**vars(SCHEDULE), "learning_rate": 300.0, "warmup_ratio": 0.9, "epochs": 100})
     with pytest.raises(StageError, match="explodes") as caught:
-        train(tuned(tiny_model, base="none"), easy, easy[:4], schedule, pad_id=PAD, folder=tmp_path,
+        train(tuned(tiny_model, base="none"), easy, easy[:4], schedule, TUNING, folder=tmp_path,
               metrics=tmp_path / "m.jsonl", plan="p")  # fmt: skip
     assert "lower training.learning_rate" in str(caught.value)
 
@@ -226,7 +227,7 @@ def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_p
         rows(8),
         rows(4),
         SCHEDULE,
-        pad_id=PAD,
+        TUNING,
         folder=tmp_path,
         metrics=tmp_path / "m.jsonl",
         plan="p",
@@ -236,12 +237,20 @@ def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_p
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def float_base(folder: Path, *, rounded: bool = False) -> Any:
+    """What an adapter is merged into, as the stage makes it."""
+    model = load(folder, base="none", double_quant=False, compute_dtype="bfloat16")
+    if rounded:
+        round_base_to_4bit(model, base="nf4", double_quant=True)
+    return model
+
+
 @pytest.mark.parametrize("onto_rounded", [False, True])
 def test_a_merged_model_computes_what_the_tuned_one_did(tiny_model: Path, tmp_path: Path, onto_rounded: bool) -> None:
     base = "nf4" if onto_rounded else "none"
     model = tuned(tiny_model, base=base).eval()
     model.save_pretrained(tmp_path)
-    merged = merge(tiny_model, tmp_path, quant="nf4", double_quant=True, onto_rounded=onto_rounded)
+    merged = merge(float_base(tiny_model, rounded=onto_rounded), tmp_path)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     ids = torch.arange(3, 33)[None]
     with torch.no_grad():
@@ -255,7 +264,7 @@ def test_a_checkpoint_that_is_4_bit_already_is_tuned_and_merged(tiny_model: Path
     model = tuned(held)
     assert gradients(model, rows(4)).keys() == trainable(model).keys()
     model.eval().save_pretrained(tmp_path / "adapter")
-    merged = merge(held, tmp_path / "adapter", quant="nf4", double_quant=True, onto_rounded=True)
+    merged = merge(float_base(held), tmp_path / "adapter")
     merged.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     ids = torch.arange(3, 33)[None]

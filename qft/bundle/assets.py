@@ -45,14 +45,20 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         write_text(target / "chat_template.jinja", template)
 
 
-def write_runtime_configs(merged: Path, bundle: Path, decoder: Decoder) -> None:
-    """config.json (transformers.js, optimum), generation_config.json, genai_config.json (onnxruntime-genai)."""
+def write_config(merged: Path, bundle: Path, model: str) -> dict[str, Any]:
+    """config.json, for transformers.js and optimum, and what it holds. model: inside the bundle."""
     config = json.loads((merged / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
-    suffix = Path(decoder.model).stem.partition("_")[2]
+    suffix = Path(model).stem.partition("_")[2]
     data_type = {"": "fp32", "quantized": "int8"}.get(suffix, suffix)
     config["transformers.js_config"] = {"dtype": data_type, "use_external_data_format": True}
     write_json(bundle / "config.json", config)
+    return config
+
+
+def write_decoder_configs(merged: Path, bundle: Path, decoder: Decoder) -> None:
+    """config.json, generation_config.json, genai_config.json (onnxruntime-genai)."""
+    config = write_config(merged, bundle, decoder.model)
     path = merged / "generation_config.json"
     generation = json.loads(path.read_text("utf-8")) if path.exists() else {}
     generation |= {"eos_token_id": list(decoder.stop_ids), "pad_token_id": decoder.pad_id}

@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qft.bundle.classifier import Labels, OnnxClassifier
 from qft.bundle.session import OnnxRunner
+from qft.data.labelled import shortened
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError, Problem
 from qft.files import inside, sha256_file, write_json
@@ -48,9 +50,24 @@ class Answer:
     ended: bool
     tokens: int
 
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A text's label (several: with commas), its calibrated probability, and whether that is enough to be relied on."""
+
+    text: str
+    probability: float
+    accepted: bool
+
+    def __str__(self) -> str:
+        return f"{self.text or '(none)'}  {self.probability:.0%}{'' if self.accepted else '  unsure'}"
+
 
 class Bundle:
-    """An opened bundle: `Bundle.load(folder).answer("…")`."""
+    """An opened bundle: `bundle = Bundle.load(folder); bundle.answer(["…"], bundle.runner())`, or `classify`."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -79,14 +96,44 @@ class Bundle:
         """The bundle's tokenizer and chat template."""
         return TextTokenizer.load(self.folder)
 
-    def runner(self, *, threads: int = 0, provider: str = "cpu") -> OnnxRunner:
-        """A session on the model."""
-        return OnnxRunner(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends an answer that is written; a label needs no end."""
+        return () if self.classifies else self.tokenizer.stop_ids
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it chooses among labels instead of writing."""
+        return self.manifest["task"] == "text-classification"
+
+    @property
+    def labels(self) -> Labels:
+        """What a classifier chooses from."""
+        return Labels(tuple(self.manifest["labels"]), self.manifest["several_labels"])
+
+    def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
+        """A session on the model: an OnnxClassifier or an OnnxRunner."""
+        kind = OnnxClassifier if self.classifies else OnnxRunner
+        return kind(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+
+    def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
+        """Each text's label."""
+        calibration = self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
+        decisions = []
+        for text in texts:
+            ids = self.tokenizer.encode(self._content(text), add_special_tokens=True)
+            logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]
+            label, probability = self.labels.decide(logits, calibration["temperature"])
+            decisions.append(Decision(label, probability, probability >= calibration["threshold"]))
+        return decisions
+
+    def _content(self, text: str) -> str:
+        recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
+        return recipe_prompt.replace("{" + column + "}", text) if recipe_prompt and column else text
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model is fed for a user's text: the recipe's prompt and the chat template around it."""
-        recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
-        content = recipe_prompt.replace("{" + column + "}", text) if recipe_prompt and column else text
+        content = self._content(text)
         if not self.tokenizer.has_chat_template:
             return self.tokenizer.encode(content, add_special_tokens=True)
         system = self.manifest.get("system")

@@ -41,40 +41,48 @@ def physical_cores() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
+def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.InferenceSession, int]:
+    """A session and the threads it runs on (0: one a physical core).
+
+    Raises InputError if the provider is not there (never a silent fall back to the CPU) or the file is no model.
+    """
+    wanted = PROVIDERS[provider]
+    if wanted not in ort.get_available_providers():
+        there = [name for name, full in PROVIDERS.items() if full in ort.get_available_providers()]
+        package = _PACKAGES.get(provider)
+        raise InputError(
+            f"this onnxruntime has no {provider} provider; it has {', '.join(there)}",
+            where="--provider",
+            hint=f"pip uninstall -y onnxruntime && pip install {package}" if package else "use --provider cpu",
+        )
+    if not model.exists():
+        raise InputError(f"no model at {model}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or physical_cores()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(str(model), options, providers=[wanted])
+    except Exception as error:  # onnxruntime's own errors share no base but Exception
+        raise InputError(
+            f"onnxruntime cannot open {model}: {str(error).splitlines()[0][:200]}",
+            hint="`qft check` compares a bundle's files with their hashes",
+        ) from None
+    if wanted not in session.get_providers():
+        raise InputError(
+            f"onnxruntime could not start the {provider} provider",
+            where="--provider",
+            hint="its libraries or the card's driver are missing; `qft doctor` shows what is there",
+        )
+    return session, options.intra_op_num_threads
+
+
 class OnnxRunner:
     """Runs a decoder with past, as optimum exports it."""
 
     def __init__(self, model: Path, *, pad_id: int, threads: int = 0, provider: str = "cpu") -> None:
-        """Raises InputError if the provider is not there (never a silent fall back to the CPU) or the file is no model."""
-        wanted = PROVIDERS[provider]
-        if wanted not in ort.get_available_providers():
-            there = [name for name, full in PROVIDERS.items() if full in ort.get_available_providers()]
-            package = _PACKAGES.get(provider)
-            raise InputError(
-                f"this onnxruntime has no {provider} provider; it has {', '.join(there)}",
-                where="--provider",
-                hint=f"pip uninstall -y onnxruntime && pip install {package}" if package else "use --provider cpu",
-            )
-        if not model.exists():
-            raise InputError(f"no model at {model}")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or physical_cores()
-        options.log_severity_level = 3
-        try:
-            self.session = ort.InferenceSession(str(model), options, providers=[wanted])
-        except Exception as error:  # onnxruntime's own errors share no base but Exception
-            raise InputError(
-                f"onnxruntime cannot open {model}: {str(error).splitlines()[0][:200]}",
-                hint="`qft check` compares a bundle's files with their hashes",
-            ) from None
-        if wanted not in self.session.get_providers():
-            raise InputError(
-                f"onnxruntime could not start the {provider} provider",
-                where="--provider",
-                hint="its libraries or the card's driver are missing; `qft doctor` shows what is there",
-            )
+        """Raises InputError as `open_session` does."""
+        self.session, self.threads = open_session(model, threads=threads, provider=provider)
         self.pad_id = pad_id
-        self.threads = options.intra_op_num_threads
         self._outputs = [o.name for o in self.session.get_outputs()]
         inputs = {i.name: i for i in self.session.get_inputs()}
         self._named_positions = "position_ids" in inputs

@@ -10,9 +10,10 @@ import click
 from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
 from qft.console import Screen, print_json, print_line, print_marked, print_table
-from qft.report.summary import mb
+from qft.measure.speed import mb
 
 _SHOWN_ROWS = 3
+_SHOWN_LABELS = 12
 
 
 @click.command("plan")
@@ -23,7 +24,6 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     Stops if no token is in the loss, or all of them are.
     """
     from qft import pipeline
-    from qft.data.inspect import marked
     from qft.data.tokenizer import TextTokenizer
     from qft.stages import prepare
 
@@ -32,7 +32,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         pipeline.run(job, ["prepare"], on_stage=screen.on_stage)
         facts, marks = job.facts(prepare.Facts), pipeline.fingerprints(job)
         tokenizer = TextTokenizer.load(facts.base_folder)
-        rows = [(row.where, marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
+        task = job.task
+        rows = [(row.where, task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
         todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
     if as_json:
         print_json(
@@ -56,7 +57,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
                 f"duplicates, {report.conflicts:,} with an answer that contradicts another row, {report.leaked:,} that are held out",
             ),
-            ("labels", ", ".join(f"{label} {count:,}" for label, count in report.labels.items()) or "none"),
+            ("labels", _labels_text(report.labels)),
             (
                 "used",
                 f"{report.train_rows:,} to learn, {report.validation_rows:,} to choose, {report.eval_rows:,} to test",
@@ -76,6 +77,14 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _labels_text(labels: dict[str, int]) -> str:
+    often = sorted(labels.items(), key=lambda pair: -pair[1])
+    if len(often) > _SHOWN_LABELS:
+        shown = ", ".join(f"{label} {count:,}" for label, count in often[:2])
+        return f"{len(often)}: {shown} … {often[-1][0]} {often[-1][1]:,}"
+    return ", ".join(f"{label} {count:,}" for label, count in often) or "none"
 
 
 @click.command("schema")

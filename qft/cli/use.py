@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from typing import Any
 import click
 
 from qft.bundle.golden import check_cases, from_manifest
-from qft.bundle.manifest import Bundle, size_bytes
+from qft.bundle.manifest import Answer, Bundle, Decision, size_bytes
 from qft.cli.options import find_run, on_runs, shared
 from qft.console import Screen, print_json, print_line, print_table, value_text
-from qft.data.encode import Encoded, encode_all
-from qft.data.examples import Shape, to_examples
+from qft.data.examples import to_examples
+from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
 from qft.errors import InputError, StageError
-from qft.measure.quality import measure
+from qft.measure.speed import mb
+from qft.progress import silent
+from qft.recipe import Recipe
 from qft.recipe_loader import load_recipe
-from qft.report.summary import mb, percent
+from qft.report.summary import WaterfallStep
+from qft.stages.job import make_task
+from qft.stages.prepare import shape_of
+from qft.tasks.registry import Task
 
 
 def _on_bundle(function: Any) -> Any:
@@ -56,12 +62,17 @@ def predict_command(
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise InputError("nothing to answer", hint='as in `qft predict "A waste of two hours."`')
-    answers = bundle.answer(lines, bundle.runner(), max_new_tokens=max_new_tokens)
+    answers: Sequence[Decision | Answer]
+    if bundle.classifies:
+        answers = bundle.classify(lines, bundle.runner())
+    else:
+        answers = bundle.answer(lines, bundle.runner(), max_new_tokens=max_new_tokens)
     if as_json:
-        print_json({"answers": [{"text": line, **asdict(answer)} for line, answer in zip(lines, answers, strict=True)]})
+        said = [asdict(answer) for answer in answers]
+        print_json({"answers": [{"text": line, **answer} for line, answer in zip(lines, said, strict=True)]})
     else:
         for answer in answers:
-            print_line(answer.text)
+            print_line(str(answer))
 
 
 @click.command("eval")
@@ -70,35 +81,30 @@ def predict_command(
 def eval_command(rows: Path | None, bundle_name: str | None, runs: Path, as_json: bool) -> None:
     """Measure a bundle again: on the run's held-out rows, or on ROWS it has never seen."""
     bundle = _open(bundle_name, runs)
-    held_out, keys = _held_out(bundle, rows)
+    recipe, task = _made_by(bundle)
+    held_out = _held_out(bundle, rows, recipe, task)
     screen = Screen(quiet=as_json)
     with screen.shown():
-        quality, answers = measure(
+        quality, answers = task.measure(
             bundle.runner(),
             held_out,
             bundle.tokenizer,
-            metric=keys.metric,
-            batch_size=keys.batch_size,
-            extra_tokens=keys.extra_tokens,
+            metric=recipe.evaluation.metric,
+            batch_size=recipe.evaluation.batch_size,
+            extra_tokens=recipe.evaluation.extra_tokens,
+            witness=None,
             on_progress=screen.on_progress,
         )
     if as_json:
         print_json({"bundle": str(bundle.folder), "quality": asdict(quality), "answers": [asdict(a) for a in answers]})
         return
-    print_table(
-        str(bundle.folder),
-        [
-            (quality.metric, value_text(quality.metric, quality.value)),
-            ("rows", f"{quality.rows:,}"),
-            ("loss", f"{quality.loss:.4f} nats a target token"),
-            ("perplexity", f"{quality.perplexity:.3f}"),
-            ("one of the labels", percent(quality.label_percent)),
-            ("ended by itself", percent(quality.ended_percent)),
-        ],
-    )
+    shown = {name: cell for name, cell in WaterfallStep("eval", quality).cells().items() if cell != "–"}
+    headline = (quality.metric.replace("_", " "), value_text(quality.metric, quality.value))
+    print_table(str(bundle.folder), [headline, ("rows", f"{quality.rows:,}"), *shown.items()])
 
 
-def _held_out(bundle: Bundle, rows: Path | None) -> tuple[list[Encoded], Any]:
+def _made_by(bundle: Bundle) -> tuple[Recipe, Task]:
+    """The recipe and task of the run that a bundle lies in."""
     run = bundle.folder.parent.parent
     if not (run / "run.json").exists():
         raise InputError(
@@ -107,13 +113,17 @@ def _held_out(bundle: Bundle, rows: Path | None) -> tuple[list[Encoded], Any]:
         )
     overrides = json.loads((run / "run.json").read_text("utf-8")).get("overrides", [])
     recipe = load_recipe(run / "recipe.yaml", [*overrides, f"name={run.name}"]).recipe
+    labels = LabelSet(tuple(bundle.manifest["labels"]), (), bundle.manifest["several_labels"], 0)
+    return recipe, make_task(recipe, labels)
+
+
+def _held_out(bundle: Bundle, rows: Path | None, recipe: Recipe, task: Task) -> list[Any]:
     if rows is None:
-        lines = (run / "data/eval.jsonl").read_text("utf-8").splitlines()
-        return [Encoded.from_dict(json.loads(line)) for line in lines], recipe.evaluation
-    keys = recipe.data
-    shape = Shape(keys.format, keys.text_column, keys.label_column, keys.bins, keys.prompt, keys.system)
-    examples, _ = to_examples(read_rows(rows, columns=keys.columns), shape)
-    return encode_all(examples, bundle.tokenizer, max_length=recipe.training.max_length)[0], recipe.evaluation
+        lines = (bundle.folder.parent.parent / "data/eval.jsonl").read_text("utf-8").splitlines()
+        return [task.read(json.loads(line)) for line in lines]
+    examples, _ = to_examples(read_rows(rows, columns=recipe.data.columns), shape_of(recipe))
+    length = recipe.training.max_length
+    return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 
 
 @click.command("check")
@@ -124,7 +134,7 @@ def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
     problems = bundle.problems()
     if problems:
         raise StageError(problems)
-    agreement = check_cases(bundle.runner(), from_manifest(bundle.manifest), stop_ids=bundle.tokenizer.stop_ids)
+    agreement = check_cases(bundle.runner(), from_manifest(bundle.manifest), stop_ids=bundle.stop_ids)
     if as_json:
         print_json({"bundle": str(bundle.folder), "agrees": agreement.agrees, **asdict(agreement)})
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from qft.data.examples import Example
 from qft.data.tokenizer import TextTokenizer
@@ -11,6 +12,21 @@ from qft.errors import InputError
 from qft.progress import OnProgress, Progress, silent
 
 _LEAST_SHARED = 4  # tokens of a prefix that are worth a forward pass of their own
+
+
+class EncodedRow(Protocol):
+    """What every prepared row has, whatever its task."""
+
+    @property
+    def input_ids(self) -> tuple[int, ...]:
+        """What the model is fed."""
+
+    @property
+    def targets(self) -> int:
+        """How many things it is asked to predict."""
+
+    def as_dict(self) -> dict:
+        """For a JSON line."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,11 @@ class Encoded:
     answer_start: int  # index of the first token of the last answer: what comes before is the prompt
     label: str | None
     where: str
+
+    @property
+    def targets(self) -> int:
+        """Tokens in the loss."""
+        return sum(self.in_loss)
 
     @property
     def first_target(self) -> int:

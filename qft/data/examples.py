@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qft.data.rows import Row
@@ -20,12 +20,16 @@ _PAIRS = (("prompt", "completion"), ("question", "answer"), ("input", "output"),
 
 @dataclass(frozen=True)
 class Example:
-    """messages with at least one assistant turn, or `text` alone (plain text)."""
+    """messages with at least one assistant turn, or `text` alone (plain text).
+
+    label: the expected answer where rows have labels. labels: those it consists of, one unless rows may have several.
+    """
 
     messages: tuple[Message, ...]
     text: str | None
     label: str | None
     where: str
+    labels: tuple[str, ...] | None = None
 
     def key(self) -> str:
         """What decides the split: the prompt (all but the last answer), case and white space folded."""
@@ -39,12 +43,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """rows read; dropped because empty or in no bin; kept by label."""
+    """rows read; dropped because empty or in no bin; kept by label. several_labels: rows may have any number of them."""
 
     rows: int
     empty: int
     in_no_bin: int
     labels: dict[str, int]
+    several_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Shape:
     bins: Mapping[str, str] | None
     prompt: str | None
     system: str | None
+    label_separator: str | None = None
 
 
 class _NoBin(Exception):
@@ -70,6 +76,8 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
     name = _guess(rows[0], shape) if shape.format == "auto" else shape.format
     make = _FORMATS[name]
     bins = {label: _condition(label, text) for label, text in (shape.bins or {}).items()}
+    several = name == "labels" and _several(rows, shape)
+    shape = replace(shape, label_separator=shape.label_separator or ",") if several else shape
     examples: list[Example] = []
     empty = no_bin = 0
     for row in rows:
@@ -78,18 +86,23 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         except _NoBin:
             no_bin += 1
             continue
-        if not example.key() or not example.answer().strip():
+        if not example.key() or not (several or example.answer().strip()):
             empty += 1
         else:
             examples.append(_with_system(example, shape.system))
-    labels = Counter(e.label for e in examples if e.label is not None)
+    labels = Counter(label for e in examples for label in e.labels or ())
     if name == "labels" and len(labels) < 2:
         raise InputError(
             f"labels of one class only: {', '.join(labels) or 'none'}",
             where="data.label_column",
             hint=f"column {shape.label_column!r} needs at least two labels; check data.bins",
         )
-    return examples, Counts(len(rows), empty, no_bin, dict(labels))
+    return examples, Counts(len(rows), empty, no_bin, dict(labels), several)
+
+
+def _several(rows: Sequence[Row], shape: Shape) -> bool:
+    """Whether rows may have any number of labels: their column is cut at a separator, or holds lists."""
+    return shape.label_separator is not None or any(isinstance(r.values.get(shape.label_column), list) for r in rows)
 
 
 def _guess(row: Row, shape: Shape) -> str:
@@ -116,7 +129,7 @@ def _with_system(example: Example, system: str | None) -> Example:
     if system is None or example.text is not None:
         return example
     rest = example.messages[1:] if example.messages[0].role == "system" else example.messages
-    return Example((Message("system", system), *rest), None, example.label, example.where)
+    return replace(example, messages=(Message("system", system), *rest))
 
 
 def _column(row: Row, name: str) -> Any:
@@ -177,10 +190,14 @@ def _text(row: Row, shape: Shape, bins: Mapping) -> Example:
 
 def _labels(row: Row, shape: Shape, bins: Mapping[str, Callable[[float], bool]]) -> Example:
     value = _column(row, shape.label_column)
-    label = _bin_of(value, bins, row) if bins else _text_of(value)
-    text = _text_of(_column(row, shape.text_column))
+    if shape.label_separator:
+        parts = value if isinstance(value, list) else _text_of(value).split(shape.label_separator)
+        labels = tuple(dict.fromkeys(part for part in (_text_of(part).strip() for part in parts) if part))
+    else:
+        labels = (_bin_of(value, bins, row) if bins else _text_of(value),)
+    label, text = ", ".join(labels), _text_of(_column(row, shape.text_column))
     prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
-    return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where)
+    return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
 
 
 _FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {

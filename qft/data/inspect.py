@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from qft.data.encode import Encoded
+from qft.data.encode import Encoded, EncodedRow
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 
@@ -35,7 +35,7 @@ class DataReport:
     labels: dict[str, int]
 
 
-def length_percentiles(encoded: Sequence[Encoded]) -> tuple[int, int, int]:
+def length_percentiles(encoded: Sequence[EncodedRow]) -> tuple[int, int, int]:
     """Median, 95th percentile and longest length in tokens."""
     lengths = sorted(len(e.input_ids) for e in encoded)
     return lengths[len(lengths) // 2], lengths[int(len(lengths) * 0.95)], lengths[-1]

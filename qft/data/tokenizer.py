@@ -42,8 +42,9 @@ class TextTokenizer:
         self.bos_id = self._special("bos_token")
         starts = {i for i in self.special_ids if any(m in (tokenizer.id_to_token(i) or "") for m in _START_MARKS)}
         self._eos_text = self.token(eos_ids[0]) if eos_ids else ""
-        turn_end = self._turn_end()
-        ends = dict.fromkeys([*eos_ids, *([] if turn_end is None else [turn_end])])
+        separator = self._special("sep_token")  # how encoders end a text
+        more = [end for end in (self._turn_end(), separator) if end is not None]
+        ends = dict.fromkeys([*eos_ids, *more])
         # A start-of-turn token never ends an answer, whatever a converted tokenizer_config claims.
         self.stop_ids: tuple[int, ...] = tuple(i for i in ends if i not in starts)
         if not self.stop_ids:
@@ -52,7 +53,8 @@ class TextTokenizer:
                 hint="set eos_token_id in the model's generation_config.json",
             )
         self.eos_id = self.stop_ids[0]
-        self.pad_id = self.eos_id
+        padding = self._special("pad_token") if separator is not None else None
+        self.pad_id = self.eos_id if padding is None else padding
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:

@@ -140,10 +140,10 @@ def _quantize_matmul(graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: di
     values = _constant(node.inputs[1])
     assert values is not None
     weight, name = _tensor(values.T), _layer_name(node)
-    # An untied head is the widest matrix and the most sensitive: it gets the head's bits.
-    matrix = folded.get(name) or quantize_nearest(
-        weight, plan.grids.head if _is_head(graph, node) else plan.grids.linear
-    )
+    # What feeds the answer and was not folded (an untied head, a layer over the labels) is the most sensitive: it
+    # gets the head's bits.
+    apart = _is_head(graph, node) or bool(folded)
+    matrix = folded.get(name) or quantize_nearest(weight, plan.grids.head if apart else plan.grids.linear)
     _replace(graph, node, [_matmulnbits(node.inputs[0], _store(graph, name, matrix), matrix, plan)])
     return _record(name, weight, matrix)
 

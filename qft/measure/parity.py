@@ -37,8 +37,8 @@ def compare(
         chosen = [rows[i] for i in batch]
         keep = max(map(len, chosen))
         for row, a, b in zip(chosen, reference.logits(chosen, keep), other.logits(chosen, keep), strict=True):
-            p, q = a[keep - len(row) :], b[keep - len(row) :]
-            positions += len(row)
+            p, q = a[-len(row) :], b[-len(row) :]  # a classifier has one position
+            positions += len(p)
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
             largest = max(largest, float(np.abs(p - q).max()))
             log_p, log_q = log_softmax(p), log_softmax(q)

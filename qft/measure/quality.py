@@ -1,9 +1,9 @@
-"""How good a model is on held-out rows: one measure for torch and for onnxruntime. No torch."""
+"""How good a model that writes is on held-out rows: one measure for torch and for onnxruntime. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +34,10 @@ class Witness(Protocol):
 
 @dataclass(frozen=True)
 class RowAnswer:
-    """One held-out row: what was expected, what was answered, its mean loss a target token (nats)."""
+    """One held-out row: what was expected, what was answered, its mean loss a target (nats).
+
+    ended: by the model itself. probability: that it gives its answer, where it chooses among labels.
+    """
 
     where: str
     expected: str
@@ -42,33 +45,34 @@ class RowAnswer:
     right: bool
     ended: bool
     loss: float
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """metric is the headline; loss in nats a target token. Percentages are of rows; None where rows have no labels.
+    """metric is the headline; loss in nats a target. Percentages are of rows; None where a figure has no meaning.
 
-    accuracy_percent: generated answers exactly right. label_percent: answers that are exactly one of the labels.
-    ended_percent: answers the model ended by itself. preferred_percent: rows where the right label's first token is
-    likelier than the other labels' (None if labels begin alike). agreement: with the tuned model, where there is one.
+    perplexity and token_accuracy_percent (targets that are the first choice): of models that write. accuracy_percent:
+    answers exactly right, of rows with labels. label_percent: generated answers that are exactly one of the labels.
+    ended_percent: those that the model ended by itself. preferred_percent: rows where the right label's first token is
+    likelier than the other labels' (None if labels begin alike). macro_f1_percent, calibration_error_percent: see
+    `classification`. agreement: with the tuned model, where there is one.
     """
 
     metric: str
     value: float
     loss: float
-    perplexity: float
-    token_accuracy_percent: float
     rows: int
-    target_tokens: int
-    accuracy_percent: float | None
-    label_percent: float | None
-    ended_percent: float | None
-    preferred_percent: float | None
+    targets: int
+    perplexity: float | None = None
+    token_accuracy_percent: float | None = None
+    accuracy_percent: float | None = None
+    label_percent: float | None = None
+    ended_percent: float | None = None
+    preferred_percent: float | None = None
+    macro_f1_percent: float | None = None
+    calibration_error_percent: float | None = None
     agreement: Agreement | None = None
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return asdict(self)
 
 
 def higher_is_better(metric: str) -> bool:
@@ -180,14 +184,14 @@ def _answers(
     for index, (row, result) in enumerate(zip(rows, forced, strict=True)):
         expected = row.label or ""
         text, ended = texts.get(index, (expected, True))
-        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, result.nats / sum(row.in_loss)))
+        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, result.nats / row.targets))
     return answers
 
 
 def _summary(
     metric: str, rows: Sequence[Encoded], forced: Sequence[_Forced], answers: Sequence[RowAnswer], labels: Sequence[str]
 ) -> Quality:
-    targets = sum(sum(r.in_loss) for r in rows)
+    targets = sum(r.targets for r in rows)
     loss = sum(f.nats for f in forced) / targets
     perplexity = float(np.exp(min(loss, 80.0)))
 
@@ -203,12 +207,12 @@ def _summary(
         headline,
         value,
         loss,
-        perplexity,
-        token_accuracy,
         len(rows),
         targets,
-        accuracy,
-        percent([a.answer in labels for a in answers]) if answers else None,
-        percent([a.ended for a in answers]) if answers else None,
-        percent(preferred) if answers and forced[0].preferred is not None else None,
+        perplexity=perplexity,
+        token_accuracy_percent=token_accuracy,
+        accuracy_percent=accuracy,
+        label_percent=percent([a.answer in labels for a in answers]) if answers else None,
+        ended_percent=percent([a.ended for a in answers]) if answers else None,
+        preferred_percent=percent(preferred) if answers and forced[0].preferred is not None else None,
     )

@@ -1,4 +1,4 @@
-"""Load time, time to first token, prefill and decode speed of a bundle, in a fresh process without torch.
+"""How fast a bundle is, in a fresh process without torch: one that writes, or one that classifies.
 
 Run as `python -m qft.measure.speed BUNDLE SETTINGS_JSON`; prints one JSON object.
 """
@@ -13,11 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from qft.errors import InputError, StageError
 from qft.measure.machine import memory_bandwidth, peak_memory
+
+_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,44 @@ class Spread:
     def of(values: Sequence[float]) -> Spread:
         """Summarize trials."""
         return Spread(statistics.median(values), min(values), max(values))
+
+    def text(self) -> str:
+        """`104 (98–107)`."""
+        return f"{self.median:,.0f} ({self.least:,.0f}–{self.most:,.0f})"
+
+
+@dataclass(frozen=True)
+class ClassifierSpeed:
+    """latency_seconds: of one text alone; texts_per_second: in batches of 32 as long as they come. tokens: of a text, on the mean."""
+
+    provider: str
+    threads: int
+    trials: int
+    tokens: float
+    load_seconds: float
+    latency_seconds: Spread
+    texts_per_second: Spread
+    peak_memory_bytes: int
+    model_bytes: int
+
+    @property
+    def headline(self) -> str:
+        """The one figure to remember."""
+        return f"{self.texts_per_second.median:,.0f} texts/s"
+
+    @property
+    def about(self) -> str:
+        """What was measured, and on what."""
+        return f"{self.provider}, {self.threads} threads, texts of {self.tokens:.0f} tokens, {self.trials} trials"
+
+    def cells(self) -> dict[str, str]:
+        """For a table."""
+        return {
+            "load": f"{self.load_seconds:.1f} s",
+            "one text": f"{1000 * self.latency_seconds.median:.1f} ms",
+            "texts/s in batches": self.texts_per_second.text(),
+            "memory": mb(self.peak_memory_bytes),
+        }
 
 
 @dataclass(frozen=True)
@@ -52,18 +93,48 @@ class Speed:
     memory_bandwidth_bytes_per_second: float
     decode_share_of_bandwidth: float
 
+    @property
+    def headline(self) -> str:
+        """The one figure to remember."""
+        return f"{self.decode_tokens_per_second.median:.0f} tokens/s"
+
+    @property
+    def about(self) -> str:
+        """What was measured, and on what."""
+        return (
+            f"{self.provider}, {self.threads} threads, memory read at "
+            f"{mb(self.memory_bandwidth_bytes_per_second)}/s; a prompt of {self.prompt_tokens} tokens, then "
+            f"{self.new_tokens} more, {self.trials} trials"
+        )
+
+    def cells(self) -> dict[str, str]:
+        """For a table, as llama-bench has it: prefill and decode with their spread, beside what memory would allow."""
+        return {
+            "load": f"{self.load_seconds:.1f} s",
+            "first token": f"{1000 * self.time_to_first_token_seconds.median:.0f} ms",
+            "prefill tokens/s": self.prefill_tokens_per_second.text(),
+            "decode tokens/s": self.decode_tokens_per_second.text(),
+            "memory": mb(self.peak_memory_bytes),
+            "of bandwidth": f"{self.decode_share_of_bandwidth:.0%}",
+        }
+
+
+AnySpeed = Speed | ClassifierSpeed
+
+
+def mb(count: float) -> str:
+    """Bytes as megabytes (10^6) or gigabytes."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
 
 def measure_in_fresh_process(
-    bundle: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int, provider: str
-) -> Speed:
-    """Load and run a bundle where nothing else is in memory. Raises InputError (provider missing) or StageError (the worker failed)."""
-    settings = {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "trials": trials,
-        "threads": threads,
-        "provider": provider,
-    }
+    bundle: Path, work: dict[str, Any], *, trials: int, threads: int, provider: str
+) -> AnySpeed:
+    """Load and run a bundle where nothing else is in memory. work: `Task.speed_settings`.
+
+    Raises InputError (provider missing) or StageError (the worker failed).
+    """
+    settings = {**work, "trials": trials, "threads": threads, "provider": provider}
     worker = subprocess.run(
         [sys.executable, "-m", "qft.measure.speed", str(bundle), json.dumps(settings)],
         capture_output=True,
@@ -75,7 +146,49 @@ def measure_in_fresh_process(
     if worker.returncode:
         raise StageError(f"the measuring process failed: {worker.stderr.strip().splitlines()[-1:]}")
     found = json.loads(worker.stdout.splitlines()[-1])
-    return TypeAdapter(Speed).validate_python(found)
+    return TypeAdapter(AnySpeed).validate_python(found)
+
+
+def _measure_classifier(
+    folder: Path, *, rows: list[list[int]], trials: int, threads: int, provider: str
+) -> ClassifierSpeed:
+    from qft.bundle.manifest import Bundle
+
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        bundle = Bundle.load(folder)
+        runner = bundle.runner(threads=threads, provider=provider)
+        load = time.perf_counter() - began
+        alone: list[float] = []
+        batched: list[float] = []
+        for trial in range(trials + 1):
+            seconds = []
+            for row in rows:
+                began = time.perf_counter()
+                runner.logits([row], 1)
+                seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for start in range(0, len(rows), _BATCH):
+                runner.logits(rows[start : start + _BATCH], 1)
+            together = time.perf_counter() - began
+            if trial:  # the first is warm-up
+                alone.append(statistics.median(seconds))
+                batched.append(len(rows) / together)
+    return ClassifierSpeed(
+        provider,
+        runner.threads,
+        trials,
+        statistics.fmean(map(len, rows)),
+        load,
+        Spread.of(alone),
+        Spread.of(batched),
+        peak.bytes,
+        _model_bytes(bundle.model_path),
+    )
+
+
+def _model_bytes(model: Path) -> int:
+    return sum(p.stat().st_size for p in model.parent.glob(model.name + "*"))
 
 
 def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int, provider: str) -> Speed:
@@ -102,7 +215,7 @@ def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, 
             if trial:  # the first is warm-up
                 prefill.append(first - began)
                 decode.append((ended - first) / new_tokens)
-    weights = sum(p.stat().st_size for p in bundle.model_path.parent.glob(bundle.model_path.name + "*"))
+    weights = _model_bytes(bundle.model_path)
     bandwidth = memory_bandwidth(threads=runner.threads)
     speeds = Spread.of([1 / s for s in decode])
     return Speed(
@@ -124,7 +237,9 @@ def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(asdict(_measure(Path(sys.argv[1]), **json.loads(sys.argv[2])))))  # noqa: T201 - a worker's answer
+        wanted = json.loads(sys.argv[2])
+        found = (_measure_classifier if "rows" in wanted else _measure)(Path(sys.argv[1]), **wanted)
+        print(json.dumps(asdict(found)))  # noqa: T201 - a worker's answer
     except InputError as error:
         sys.stderr.write(str(error))
         sys.exit(error.exit_code)

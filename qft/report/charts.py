@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qft.measure.speed import Speed
-from qft.report.summary import WaterfallStep
+from qft.report.summary import LabelResults, WaterfallStep
 
 INK, MUTED, LINE = "#1f2933", "#7b8794", "#e4e7eb"
+_MOST_LABELS = 24  # in one picture
 BASE, GOOD, SHIPPED, ACCENT = "#9aa5b1", "#2f7d6d", "#174a40", "#d1495b"
 
 
@@ -61,6 +62,39 @@ def speed_chart(speeds: Mapping[str, Speed]) -> str:
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    return _svg(figure)
+
+
+def confusion_chart(found: LabelResults) -> str:
+    """What was said (across) of rows that have a label (down): the labels that are confused most, each row's share."""
+    often: dict[str, int] = {}
+    for expected, said, rows in found.confused:
+        often[expected] = often.get(expected, 0) + rows
+        often[said] = often.get(said, 0) + rows
+    chosen = sorted(sorted(often, key=lambda name: -often[name])[:_MOST_LABELS])
+    place = {name: number for number, name in enumerate(chosen)}
+    score = {one.label: one for one in found.scores}
+    shares = [[0.0] * len(chosen) for _ in chosen]
+    for name, number in place.items():
+        shares[number][number] = score[name].recall_percent if name in score else 0.0
+    for expected, said, rows in found.confused:
+        if expected in place and said in place:
+            shares[place[expected]][place[said]] = 100 * rows / score[expected].rows
+    figure, axes = _figure(2.2 + 0.28 * len(chosen), 1.6 + 0.26 * len(chosen))
+    axes.pcolormesh(shares, cmap="Greens", vmin=0, vmax=100, edgecolors="white", linewidth=0.8)
+    axes.invert_yaxis()
+    middles = [number + 0.5 for number in range(len(chosen))]
+    axes.set_xticks(middles, chosen, rotation=90, fontsize=8)
+    axes.set_yticks(middles, chosen, fontsize=8)
+    for row, values in enumerate(shares):
+        for column, share in enumerate(values):
+            if share >= 1:
+                colour = "white" if share > 55 else INK
+                axes.text(column + 0.5, row + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xlabel("answered")
+    axes.set_ylabel("expected")
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
     return _svg(figure)
 
 

@@ -6,8 +6,9 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
-from qft.report.charts import curve_chart, speed_chart, waterfall_chart
-from qft.report.summary import Summary, mb, percent
+from qft.measure.speed import Speed, mb
+from qft.report.charts import confusion_chart, curve_chart, speed_chart, waterfall_chart
+from qft.report.summary import Summary, percent
 
 
 def render(summary: Summary) -> str:
@@ -17,10 +18,12 @@ def render(summary: Summary) -> str:
     )
     environment.filters |= {"mb": mb, "percent": percent, "number": _number}
     template = environment.from_string(files("qft.report").joinpath("page.html.j2").read_text("utf-8"))
+    decoders = {name: speed for name, speed in summary.speeds.items() if isinstance(speed, Speed)}
     charts = {
         "waterfall": waterfall_chart(summary.waterfall) if summary.waterfall else "",
         "curve": curve_chart(summary.training.curve) if summary.training and summary.training.curve else "",
-        "speed": speed_chart(summary.speeds) if summary.speeds else "",
+        "speed": speed_chart(decoders) if decoders else "",
+        "confusion": confusion_chart(summary.labels) if summary.labels and summary.labels.confused else "",
     }
     return template.render(s=summary, charts=charts, peak=max(summary.stage_memory_bytes.values(), default=0))
 

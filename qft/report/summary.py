@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qft.data.inspect import DataReport
+from qft.measure.classification import Calibration, LabelScore
 from qft.measure.machine import Machine
 from qft.measure.parity import Parity
 from qft.measure.quality import Quality, RowAnswer
-from qft.measure.speed import Speed
+from qft.measure.speed import AnySpeed, ClassifierSpeed, Speed
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,31 @@ class WaterfallStep:
     stage: str
     quality: Quality
     target: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`shipped (cpu-int4)`."""
+        return f"{self.stage} ({self.target})" if self.target else self.stage
+
+    def cells(self) -> dict[str, str]:
+        """For a table: the figures that have a meaning for this model and these rows."""
+        q = self.quality
+        shares = {
+            "exactly right": q.accuracy_percent,
+            "macro F1": q.macro_f1_percent,
+            "a label": q.label_percent,
+            "ended": q.ended_percent,
+            "prefers right": q.preferred_percent,
+            "calibration error": q.calibration_error_percent,
+            "tokens right": q.token_accuracy_percent if q.accuracy_percent is None else None,
+        }
+        found = {} if q.perplexity is None or q.accuracy_percent is not None else {"perplexity": f"{q.perplexity:.2f}"}
+        found |= {title: percent(share) for title, share in shares.items() if share is not None}
+        return found | {
+            "loss": f"{q.loss:.4f}",
+            "same first": percent(q.agreement.top1_percent) if q.agreement else "–",
+            "KL": f"{q.agreement.kl:.4f}" if q.agreement else "–",
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: stage, metric, value, loss and the rest of what was measured."""
@@ -64,6 +90,16 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class LabelResults:
+    """What a classifier made of its labels, on the test rows. confused: (expected, answered, rows), most frequent first."""
+
+    majority_percent: float
+    scores: list[LabelScore]
+    confused: list[tuple[str, str, int]]
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True)
 class Summary:
     """Parts are None or empty where their stage has not run."""
 
@@ -82,7 +118,7 @@ class Summary:
     merge_losses: Mapping[str, float]
     finer_layers: Mapping[str, list[str]]
     sizes: Mapping[str, TargetSize]
-    speeds: Mapping[str, Speed]
+    speeds: Mapping[str, AnySpeed]
     float_parity: Parity | None
     parities: Mapping[str, Parity]
     worse: Mapping[str, float]
@@ -91,6 +127,7 @@ class Summary:
     machine: Machine | None
     versions: Mapping[str, str]
     examples: Examples
+    labels: LabelResults | None
 
     @property
     def survived_percent(self) -> float | None:
@@ -127,8 +164,9 @@ class Summary:
             "peak_memory_bytes": max(self.stage_memory_bytes.values(), default=0),
             "stage_peak_memory_bytes": dict(self.stage_memory_bytes),
             "bundle_bytes": size.bundle_bytes if size else None,
-            "prefill_tokens_per_second": speed.prefill_tokens_per_second.median if speed else None,
-            "decode_tokens_per_second": speed.decode_tokens_per_second.median if speed else None,
+            "prefill_tokens_per_second": speed.prefill_tokens_per_second.median if isinstance(speed, Speed) else None,
+            "decode_tokens_per_second": speed.decode_tokens_per_second.median if isinstance(speed, Speed) else None,
+            "texts_per_second": speed.texts_per_second.median if isinstance(speed, ClassifierSpeed) else None,
             "train_tokens_per_second": self.training.tokens_per_second if self.training else None,
             "merge": {"way": self.merge_way, "validation_losses": dict(self.merge_losses)} if self.merge_way else None,
             "finer_layers": dict(self.finer_layers),
@@ -144,15 +182,11 @@ class Summary:
             },
             "float_parity": asdict(self.float_parity) if self.float_parity else None,
             "data": asdict(self.data) if self.data else None,
+            "labels": asdict(self.labels) if self.labels else None,
             "problems": self.problems,
             "machine": asdict(self.machine) if self.machine else None,
             "versions": dict(self.versions),
         }
-
-
-def mb(count: float) -> str:
-    """Bytes as megabytes (10^6) or gigabytes."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def percent(value: float | None) -> str:

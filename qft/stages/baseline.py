@@ -16,7 +16,7 @@ NEEDS = ("prepare",)
 
 @dataclass(frozen=True)
 class Facts:
-    """Quality of the base in its 16-bit weights."""
+    """Quality of the base in its 16-bit weights; a new head knows how frequent labels are, and nothing of the text."""
 
     quality: Quality
 
@@ -33,17 +33,9 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Measure the base."""
-    from qft.base_model import load
     from qft.data.tokenizer import TextTokenizer
-    from qft.training.runner import TorchRunner
 
     folder = job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    model = load(
-        folder,
-        base="none",
-        double_quant=False,
-        compute_dtype=job.recipe.quantization.compute_dtype,
-        longest=job.recipe.training.max_length,
-    )
-    return Facts(job.measure("baseline", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer))
+    model = job.load(folder, tokenizer).eval()
+    return Facts(job.measure("baseline", job.task.torch_runner(model, tokenizer), tokenizer))

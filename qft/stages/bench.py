@@ -8,7 +8,7 @@ from typing import Any
 
 from qft.bundle.manifest import update
 from qft.measure.machine import Machine, machine
-from qft.measure.speed import Speed, measure_in_fresh_process
+from qft.measure.speed import AnySpeed, measure_in_fresh_process
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.stages.job import Job
@@ -21,7 +21,7 @@ class Facts:
     """Target name → speed; `float` is the unquantized export, for comparison."""
 
     machine: Machine
-    targets: dict[str, Speed]
+    targets: dict[str, AnySpeed]
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
@@ -37,13 +37,13 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job) -> Facts:
     """Measure the float export and every target."""
     keys, speeds = job.recipe.bench, {}
+    work = job.task.speed_settings(job.rows("eval"), prompt_tokens=keys.prompt_tokens, new_tokens=keys.new_tokens)
     names = [*job.recipe.export.targets, "float"]
     for number, name in enumerate(names):
         job.on_progress(Progress(f"bench {name}", number, len(names), "bundles"))
         speeds[name] = measure_in_fresh_process(
             job.run.bundle(name),
-            prompt_tokens=keys.prompt_tokens,
-            new_tokens=keys.new_tokens,
+            work,
             trials=keys.trials,
             threads=keys.threads,
             provider=keys.provider,

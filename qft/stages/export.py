@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qft.bundle.assets import Decoder, copy_tokenizer, write_runtime_configs
+from qft.bundle.assets import copy_tokenizer
 from qft.bundle.manifest import Bundle, size_bytes, update
-from qft.bundle.session import OnnxRunner
+from qft.bundle.session import open_session
 from qft.data.tokenizer import TextTokenizer
 from qft.files import folder_aside, sha256_file
 from qft.measure.machine import versions
@@ -16,7 +16,6 @@ from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare, tune
 from qft.stages.job import Job
-from qft.tasks import find_task
 
 NEEDS = ("prepare", "merge")
 
@@ -50,7 +49,7 @@ def run(job: Job) -> Facts:
         export_float(
             job.run.merged,
             aside / "onnx/model.onnx",
-            export_task=find_task(job.recipe.task).export_task,
+            export_task=job.task.export_task,
             on_progress=job.on_progress,
         )
         describe(job, aside, target=TARGET, model="onnx/model.onnx")
@@ -63,23 +62,25 @@ def describe(job: Job, folder: Path, *, target: str, model: str) -> None:
     facts, recipe = job.facts(prepare.Facts), job.recipe
     copy_tokenizer(job.run.merged, folder)
     tokenizer = TextTokenizer.load(folder)
-    runner = OnnxRunner(folder / model, pad_id=tokenizer.pad_id)
-    inputs = [i.name for i in runner.session.get_inputs()]
-    write_runtime_configs(job.run.merged, folder, Decoder(model, inputs, tokenizer.stop_ids, tokenizer.pad_id))
+    session, _ = open_session(folder / model, threads=0, provider="cpu")
+    inputs = [i.name for i in session.get_inputs()]
+    job.task.describe(job.run.merged, folder, model, inputs, tokenizer)
     update(
         folder,
         format=1,
         name=recipe.name,
         target=target,
         task=recipe.task,
-        ort_class=find_task(recipe.task).ort_class,
+        ort_class=job.task.ort_class,
         model=model,
-        labels=facts.labels,
+        labels=facts.labels.names,
+        several_labels=facts.labels.several,
+        max_length=recipe.training.max_length,
         prompt=recipe.data.prompt,
         prompt_column=facts.prompt_column,
         system=recipe.data.system,
         inputs=inputs,
-        outputs=[o.name for o in runner.session.get_outputs()],
+        outputs=[o.name for o in session.get_outputs()],
         licence=facts.model.licence,
         lineage={
             "base_model": asdict(facts.model),

@@ -74,23 +74,15 @@ def run(job: Job, fingerprint: str) -> Facts:
 
 
 def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
-    from qft.base_model import load
     from qft.data.tokenizer import TextTokenizer
     from qft.quant.grids import grids_of
     from qft.quant.linear import grid_layers
     from qft.quant.store import save_matrices
     from qft.training.fold import FoldPlan, fit, learn
-    from qft.training.runner import TorchRunner
 
     recipe, keys = job.recipe, job.recipe.fold
     tokenizer = TextTokenizer.load(job.run.merged)
-    model = load(
-        job.run.merged,
-        base="none",
-        double_quant=False,
-        compute_dtype=recipe.quantization.compute_dtype,
-        longest=recipe.training.max_length,
-    )
+    model, forward = job.load(job.run.merged, tokenizer), job.task.forward(tokenizer)
     plan = FoldPlan(
         grids=grids_of(target),
         tokens=keys.tokens,
@@ -100,15 +92,13 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         r=keys.r,
         seed=recipe.training.seed,
     )
-    lesson = fit(
-        model, job.rows("train"), job.rows("validation"), plan, pad_id=tokenizer.pad_id, on_progress=job.on_progress
-    )
-    runner = TorchRunner(model, tokenizer.pad_id)
+    lesson = fit(model, job.rows("train"), job.rows("validation"), plan, forward=forward, on_progress=job.on_progress)
+    runner = job.task.torch_runner(model, tokenizer)
     rounded = job.measure(f"round-{target.name}", runner, tokenizer)
     folder = job.run.checkpoints / f"fold-{target.name}"
     mark = f"{fingerprint} {target.name}"
     result = lesson and learn(
-        model, lesson, plan, pad_id=tokenizer.pad_id, folder=folder, mark=mark, on_progress=job.on_progress
+        model, lesson, plan, forward=forward, folder=folder, mark=mark, on_progress=job.on_progress
     )
     layers = dict(grid_layers(model))
     with folder_aside(job.run.fold(target.name)) as aside:

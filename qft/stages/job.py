@@ -6,21 +6,34 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from qft.data.encode import Encoded
+from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
-from qft.errors import StageError
+from qft.errors import InputError, StageError
 from qft.files import write_text
 from qft.measure.agreement import Comparison, Record
-from qft.measure.quality import Quality, RowAnswer, Runner, measure
+from qft.measure.quality import Quality, RowAnswer
 from qft.progress import OnProgress
 from qft.recipe import Recipe
 from qft.runfolder import RunFolder
+from qft.tasks.registry import Task, find_task
 
 Facts = TypeVar("Facts")
+
+
+def make_task(recipe: Recipe, labels: LabelSet) -> Task:
+    """A recipe's task. Raises InputError if there is none of that name, or it has no such metric."""
+    kind, metric = find_task(recipe.task), recipe.evaluation.metric
+    if metric not in ("auto", *kind.metrics):
+        raise InputError(
+            f"task {recipe.task} has no metric {metric}",
+            where="evaluation.metric",
+            hint=f"write auto or {' or '.join(kind.metrics)}",
+        )
+    return kind(labels, class_weights=recipe.classification.class_weights)
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,30 @@ class Job:
             raise StageError(f"the stage {stage} has not run yet")
         return TypeAdapter(kind).validate_python(record.facts)
 
-    def rows(self, part: str) -> list[Encoded]:
-        """Prepared rows of train, validation or eval."""
-        lines = (self.run.data / f"{part}.jsonl").read_text("utf-8").splitlines()
-        return [Encoded.from_dict(json.loads(line)) for line in lines]
+    @property
+    def task(self) -> Task:
+        """The recipe's task, with the labels that `prepare` found."""
+        from qft.stages import prepare
 
-    def measure(self, stage: str, runner: Runner, tokenizer: TextTokenizer) -> Quality:
+        return make_task(self.recipe, self.facts(prepare.Facts).labels)
+
+    def rows(self, part: str) -> list[Any]:
+        """Prepared rows of train, validation or eval."""
+        task, lines = self.task, (self.run.data / f"{part}.jsonl").read_text("utf-8").splitlines()
+        return [task.read(json.loads(line)) for line in lines]
+
+    def load(self, folder: Path, tokenizer: TextTokenizer, *, base: str = "none", dtype: str | None = None) -> Any:
+        """The task's model out of a checkpoint, as the recipe has it computed. dtype: another type than the recipe's."""
+        return self.task.load(
+            folder,
+            tokenizer,
+            base=base,
+            double_quant=self.recipe.quantization.double_quant,
+            compute_dtype=dtype or self.recipe.quantization.compute_dtype,
+            longest=self.recipe.training.max_length,
+        )
+
+    def measure(self, stage: str, runner: Any, tokenizer: TextTokenizer) -> Quality:
         """Quality on the held-out rows; answers are kept for the report, and what the tuned model said for later stages."""
         keys, path = self.recipe.evaluation, self.run.tuned_said
         witness: Record | Comparison | None = None
@@ -54,7 +85,7 @@ class Job:
             witness = Record()
         elif stage != "baseline":
             witness = Comparison(Record.load(path))
-        quality, answers = measure(
+        quality, answers = self.task.measure(
             runner,
             self.rows("eval"),
             tokenizer,

@@ -22,7 +22,8 @@ from qft.stages import prepare
 from qft.stages.job import Job
 
 if TYPE_CHECKING:
-    from qft.training.loop import Validation
+    from qft.data.tokenizer import TextTokenizer
+    from qft.training.forward import Validation
 
 NEEDS = ("prepare", "tune")
 
@@ -56,37 +57,34 @@ def run(job: Job) -> Facts:
     """Merge both ways, choose by the loss on the validation rows, even out the chosen one and measure it on the test rows."""
     import torch
 
-    from qft.base_model import compute_type
+    from qft.base_model import compute_type, own_type
     from qft.data.tokenizer import TextTokenizer
     from qft.quant.smooth import even_out
-    from qft.training.loop import validate
-    from qft.training.lora import merge
-    from qft.training.runner import TorchRunner
 
-    recipe, folder = job.recipe, job.facts(prepare.Facts).base_folder
+    recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    validation = job.rows("validation")
+    forward, validation = task.forward(tokenizer), job.rows("validation")
     dtype = compute_type(recipe.quantization.compute_dtype)
-    models: dict[Way, Any] = {}
-    for way in ways(recipe.quantization.base):
-        models[way] = merge(
-            folder,
-            job.run.adapter,
-            quant=recipe.quantization.base,
-            double_quant=recipe.quantization.double_quant,
-            onto_rounded=way != "16-bit base",
-            longest=recipe.training.max_length,
-        ).to(dtype)
-    found = {
-        way: validate(model, validation, tokenizer.pad_id, recipe.evaluation.batch_size)
-        for way, model in models.items()
-    }
+    models = {way: _merged(job, tokenizer, way).to(dtype) for way in ways(recipe.quantization.base)}
+    found = {way: forward.validate(model, validation, recipe.evaluation.batch_size) for way, model in models.items()}
     chosen = choose(found)
     best = models[chosen]
     evened_out = even_out(best, [row.input_ids for row in job.rows("train")])
-    quality = job.measure("merge", TorchRunner(best.eval(), tokenizer.pad_id), tokenizer)
-    _save(best.to(torch.bfloat16), folder, job.run.merged)  # its values are bfloat16's, whatever they are computed in
+    quality = job.measure("merge", task.torch_runner(best.eval(), tokenizer), tokenizer)
+    # Its values are those of the base's own type, whatever they are computed in.
+    _save(best.to(getattr(torch, own_type(folder))), folder, job.run.merged)
     return Facts(quality, chosen, {way: measured.loss for way, measured in found.items()}, evened_out)
+
+
+def _merged(job: Job, tokenizer: TextTokenizer, way: Way) -> Any:
+    from qft.base_model import is_quantized, own_type
+    from qft.training.lora import merge, round_base_to_4bit
+
+    keys, folder = job.recipe.quantization, job.facts(prepare.Facts).base_folder
+    model = job.load(folder, tokenizer, dtype=own_type(folder))
+    if way != "16-bit base" and not is_quantized(folder):
+        round_base_to_4bit(model, base=keys.base, double_quant=keys.double_quant)
+    return merge(model, job.run.adapter)
 
 
 def choose(found: Mapping[Way, Validation]) -> Way:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qft.base_model import local_checkpoint
-from qft.data.encode import EncodeCounts, Encoded, encode_all
+from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, to_examples
-from qft.data.inspect import DataReport, check_loss_mask, length_percentiles
+from qft.data.inspect import DataReport, length_percentiles
+from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
 from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
 from qft.files import folder_aside, write_text
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
-from qft.stages.job import Job
-from qft.tasks import find_task
+from qft.stages.job import Job, make_task
 
 NEEDS: tuple[str, ...] = ()
 
@@ -38,13 +40,17 @@ class SourceFact:
 
 @dataclass(frozen=True)
 class Facts:
-    """base_folder: the base model as a Hugging Face folder, in the cache or where the user keeps it."""
+    """base_folder: the base model as a Hugging Face folder, in the cache or where the user keeps it.
+
+    majority_percent: test rows whose answer is the one that most training rows have; None where rows have no labels.
+    """
 
     base_folder: Path
     model: SourceFact
     data: list[SourceFact]
     report: DataReport
-    labels: list[str]
+    labels: LabelSet
+    majority_percent: float | None
     prompt_column: str | None
 
 
@@ -69,27 +75,51 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job) -> Facts:
     """Fetch, read, split, tokenize."""
     recipe = job.recipe
-    find_task(recipe.task)
+    without_labels = make_task(recipe, LabelSet((), (), False, 0))  # a wrong name is said before anything is fetched
     model = _fetch(job, recipe.model, "model")
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
+    without_labels.check_base(base)
     tokenizer = TextTokenizer.load(base)
     sources = [_fetch(job, uri, "dataset") for uri in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
     parts, leaked, eval_source = _split(job, kept)
-    encoded: dict[str, list[Encoded]] = {}
+    labels = _labels(parts["train"], counts)
+    task = make_task(recipe, labels)
+    encoded: dict[str, list[EncodedRow]] = {}
     tallies: dict[str, EncodeCounts] = {}
     for part, rows in parts.items():
-        encoded[part], tallies[part] = encode_all(
+        encoded[part], tallies[part] = task.encode(
             rows, tokenizer, max_length=recipe.training.max_length, on_progress=job.on_progress
         )
-    check_loss_mask(encoded["train"], answers_only=kept[0].text is None)
+    task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
     report = _report(counts, duplicates, conflicts, leaked, tallies, encoded)
     described = [*sources, *([eval_source] if eval_source else [])]
     return Facts(
-        base, _fact(model), [_fact(s) for s in described], report, sorted(counts.labels), _prompt_column(recipe)
+        base,
+        _fact(model),
+        [_fact(s) for s in described],
+        report,
+        labels,
+        _majority_percent(parts),
+        _prompt_column(recipe),
     )
+
+
+def _labels(train: Sequence[Example], counts: Counts) -> LabelSet:
+    found = Counter(label for example in train for label in example.labels or ())
+    names = tuple(sorted(found))
+    if counts.several_labels and (bad := next((name for name in names if ", " in name), None)):
+        raise InputError(f"the label {bad!r} holds a comma, which stands between labels", where="data.label_column")
+    return LabelSet(names, tuple(found[name] for name in names), counts.several_labels, len(train))
+
+
+def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
+    if parts["train"][0].labels is None:
+        return None
+    ((answer, _),) = Counter(example.labels for example in parts["train"]).most_common(1)
+    return 100 * sum(example.labels == answer for example in parts["eval"]) / len(parts["eval"])
 
 
 def _train_uris(recipe: Recipe) -> list[str]:
@@ -104,8 +134,22 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Counts]:
     keys = job.recipe.data
     rows = [row for source in sources for row in read_rows(source.path, columns=keys.columns)]
-    return to_examples(
-        rows, Shape(keys.format, keys.text_column, keys.label_column, keys.bins, keys.prompt, keys.system)
+    return to_examples(rows, shape_of(job.recipe))
+
+
+def shape_of(recipe: Recipe) -> Shape:
+    """How the recipe's rows become examples."""
+    keys = recipe.data
+    if recipe.task == "text-classification" and keys.system is not None:
+        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
+    return Shape(
+        keys.format,
+        keys.text_column,
+        keys.label_column,
+        keys.bins,
+        keys.prompt,
+        keys.system,
+        keys.label_separator,
     )
 
 
@@ -124,7 +168,7 @@ def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]],
     return parts, leaked, source
 
 
-def _write(folder: Path, encoded: dict[str, list[Encoded]]) -> None:
+def _write(folder: Path, encoded: dict[str, list[EncodedRow]]) -> None:
     with folder_aside(folder) as aside:
         for part, rows in encoded.items():
             write_text(aside / f"{part}.jsonl", "".join(json.dumps(row.as_dict()) + "\n" for row in rows))
@@ -136,7 +180,7 @@ def _report(
     conflicts: int,
     leaked: int,
     tallies: dict[str, EncodeCounts],
-    encoded: dict[str, list[Encoded]],
+    encoded: dict[str, list[EncodedRow]],
 ) -> DataReport:
     median, most, longest = length_percentiles(encoded["train"])
 

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qft.bundle.golden import as_json, make_cases
+from qft.bundle.golden import as_json
 from qft.bundle.manifest import Bundle, size_bytes, update
 from qft.files import folder_aside
+from qft.measure.classification import Calibration, calibrate
 from qft.measure.quality import Quality
 from qft.progress import Progress
 from qft.recipe import Recipe
@@ -17,9 +18,6 @@ from qft.stages.job import Job
 from qft.targets import Target, find_target
 
 NEEDS = ("export", "fold")
-
-_GOLDEN_CASES = 8
-_GOLDEN_TOKENS = 24  # a golden answer is at most this long
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class TargetFacts:
     bundle_bytes: int
     quantized_weights: int
     bits_per_weight: float
+    calibration: Calibration | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     return {
         "targets": [find_target(name).model_dump() for name in recipe.export.targets],
         "evaluation": recipe.evaluation.model_dump(),
+        "accepted_accuracy": recipe.classification.accepted_accuracy,
     }
 
 
@@ -76,12 +76,32 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         )
         export.describe(job, aside, target=target.name, model=target.model)
         update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
+        calibration = _calibration(job, aside) if job.recipe.task == "text-classification" else None
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
-        _add_golden_cases(job, aside)
+        job.on_progress(Progress("golden cases", 0))
+        update(aside, golden=as_json(job.task.golden_cases(Bundle.load(aside), job.rows("eval"))))
     weights = sum(t.rows * t.cols for t in tensors)
     return TargetFacts(
-        quality, size_bytes(job.run.bundle(target.name)), weights, 8 * sum(t.bytes for t in tensors) / weights
+        quality,
+        size_bytes(job.run.bundle(target.name)),
+        weights,
+        8 * sum(t.bytes for t in tensors) / weights,
+        calibration,
     )
+
+
+def _calibration(job: Job, folder: Path) -> Calibration:
+    keys, bundle = job.recipe, Bundle.load(folder)
+    found = calibrate(
+        bundle.runner(),
+        job.rows("validation"),
+        job.rows("eval"),
+        bundle.labels,
+        accepted_accuracy=keys.classification.accepted_accuracy,
+        batch_size=keys.evaluation.batch_size,
+    )
+    update(folder, calibration=asdict(found))
+    return found
 
 
 def _before(job: Job, target: Target) -> dict[str, Any]:
@@ -98,18 +118,3 @@ def _before(job: Job, target: Target) -> dict[str, Any]:
     }
     folded = job.facts(fold.Facts).targets.get(target.name)
     return found | ({"rounded": asdict(folded.rounded), "folded": asdict(folded.quality)} if folded else {})
-
-
-def _add_golden_cases(job: Job, folder: Path) -> None:
-    job.on_progress(Progress("golden cases", 0, _GOLDEN_CASES, "cases"))
-    bundle, rows = Bundle.load(folder), job.rows("eval")
-    # Plain text has no prompt: its first half asks for the second.
-    prompts = [row.prompt if len(row.prompt) > 1 else row.input_ids[: max(2, len(row.input_ids) // 2)] for row in rows]
-    cases = make_cases(
-        bundle.runner(),
-        prompts[:_GOLDEN_CASES],
-        bundle.tokenizer.decode,
-        max_new_tokens=_GOLDEN_TOKENS,
-        stop_ids=bundle.tokenizer.stop_ids,
-    )
-    update(folder, golden=as_json(cases))

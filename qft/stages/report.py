@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from qft.bundle.classifier import Labels
 from qft.data.tokenizer import TextTokenizer
 from qft.files import write_text
+from qft.measure.classification import per_label
 from qft.measure.machine import Machine
 from qft.recipe import Recipe
-from qft.report.summary import Examples, Summary, TargetSize, Training, WaterfallStep
+from qft.report.summary import Examples, LabelResults, Summary, TargetSize, Training, WaterfallStep
 from qft.stages import baseline, bench, export, fold, merge, prepare, quantize, tune, verify
 from qft.stages.job import Job
 
@@ -89,6 +92,7 @@ def summarize(job: Job) -> Summary:
         machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
         versions=content.get("versions", {}),
         examples=_examples(job, target) if shipped else Examples(),
+        labels=_labels(job, target, shipped) if shipped and job.recipe.task == "text-classification" else None,
     )
 
 
@@ -134,7 +138,8 @@ def _examples(job: Job, target: str) -> Examples:
     if not answers or not (job.run.data / "eval.jsonl").exists():
         return Examples()
     tokenizer = TextTokenizer.load(job.run.bundle(target))
-    prompts = [tokenizer.decode(row.prompt) for row in job.rows("eval")]
+    task = job.task
+    prompts = [task.shown(row, tokenizer) for row in job.rows("eval")]
     # What all prompts share, the template and the instruction, is not worth reading twelve times.
     begin = len(os.path.commonprefix(prompts))
     end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
@@ -144,3 +149,17 @@ def _examples(job: Job, target: str) -> Examples:
     ]
     right, wrong = ([t for t in triples if t[0].right is flag] for flag in (True, False))
     return Examples(right[:_SHOWN_EXAMPLES], wrong[:_SHOWN_EXAMPLES])
+
+
+def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | None:
+    answers, prepared = job.answers(f"quantize-{target}"), job.facts(prepare.Facts)
+    if not answers or target not in shipped.targets:
+        return None
+    labels = Labels(prepared.labels.names, prepared.labels.several)
+    mistaken = Counter((a.expected, a.answer) for a in answers if not a.right)
+    return LabelResults(
+        prepared.majority_percent or 0.0,
+        per_label(answers, labels),
+        [] if labels.several else [(expected, said, rows) for (expected, said), rows in mistaken.most_common()],
+        shipped.targets[target].calibration,
+    )

@@ -38,6 +38,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "quantization": recipe.quantization.model_dump(exclude={"grid"}),
         "lora": recipe.lora.model_dump(),
         "training": recipe.training.model_dump(),
+        "class_weights": recipe.classification.class_weights,
         "evaluation": recipe.evaluation.model_dump(),
     }
 
@@ -49,21 +50,13 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best adapter; measure it."""
-    from qft.base_model import load
     from qft.data.tokenizer import TextTokenizer
-    from qft.training.loop import train
+    from qft.training.loop import fine_tuning, train
     from qft.training.lora import attach, trainable
-    from qft.training.runner import TorchRunner
 
-    recipe, folder = job.recipe, job.facts(prepare.Facts).base_folder
+    recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    base = load(
-        folder,
-        base=recipe.quantization.base,
-        double_quant=recipe.quantization.double_quant,
-        compute_dtype=recipe.quantization.compute_dtype,
-        longest=recipe.training.max_length,
-    )
+    base = job.load(folder, tokenizer, base=recipe.quantization.base)
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = attach(
@@ -73,13 +66,14 @@ def run(job: Job, fingerprint: str) -> Facts:
         dropout=recipe.lora.dropout,
         target_modules=recipe.lora.target_modules,
         seed=recipe.training.seed,
+        task_type=task.peft_type,
     )
     result = train(
         model,
         job.rows("train"),
         job.rows("validation"),
         _schedule(recipe),
-        pad_id=tokenizer.pad_id,
+        fine_tuning(task.forward(tokenizer)),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,
@@ -89,7 +83,7 @@ def run(job: Job, fingerprint: str) -> Facts:
     with folder_aside(job.run.adapter) as aside:
         model.save_pretrained(str(aside))
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    quality = job.measure("tune", TorchRunner(model.eval(), tokenizer.pad_id), tokenizer)
+    quality = job.measure("tune", task.torch_runner(model.eval(), tokenizer), tokenizer)
     shutil.rmtree(job.run.checkpoints / "tune", ignore_errors=True)
     return Facts(
         quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values())

@@ -41,13 +41,13 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Compare on held-out rows."""
-    from qft.base_model import load
-    from qft.training.runner import TorchRunner
+    from qft.data.tokenizer import TextTokenizer
 
     rows = [row.input_ids for row in job.rows("eval")[: job.recipe.verify.rows]]
     float_runner = _runner(job, export.TARGET)
-    model = load(job.run.merged, base="none", double_quant=False, compute_dtype="float32").eval()
-    float_parity = compare(TorchRunner(model, float_runner.pad_id), float_runner, rows, on_progress=job.on_progress)
+    tokenizer = TextTokenizer.load(job.run.merged)
+    model = job.load(job.run.merged, tokenizer, dtype="float32").eval()
+    float_parity = compare(job.task.torch_runner(model, tokenizer), float_runner, rows, on_progress=job.on_progress)
     del model
     tuned, shipped = job.facts(tune.Facts).quality, job.facts(quantize.Facts).targets
     parities, worse = {}, {}

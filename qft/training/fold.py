@@ -6,19 +6,20 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qft.data.encode import Encoded
+from qft.data.encode import EncodedRow
 from qft.errors import StageError
-from qft.progress import OnProgress, silent
+from qft.measure.quality import batches
+from qft.progress import OnProgress, Progress, silent
 from qft.quant.fit import decoder_linears, expected_error, fit_rounding, inputs_watched
 from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
-from qft.training.distill import Teacher, ask_teacher, distillation_loss, divergence_from_teacher, feed
+from qft.training.forward import Forward
 from qft.training.loop import Objective, Schedule, TrainResult, train
 from qft.training.sensitivity import choose_grids, divergences
 
@@ -44,19 +45,19 @@ class FoldPlan:
 class Lesson:
     """Rows to learn from and held-out rows to judge by, and what the tuned model says about either."""
 
-    rows: list[Encoded]
-    teacher: Teacher
-    held_out: list[Encoded]
-    held_out_teacher: Teacher
+    rows: list[EncodedRow]
+    teacher: Any
+    held_out: list[EncodedRow]
+    held_out_teacher: Any
 
 
 def fit(
     model: Any,
-    rows: Sequence[Encoded],
-    validation: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
+    validation: Sequence[EncodedRow],
     plan: FoldPlan,
     *,
-    pad_id: int,
+    forward: Forward,
     on_progress: OnProgress = silent,
 ) -> Lesson | None:
     """Watch the inputs that the model's layers get on training rows; then put it on the grid, in place.
@@ -64,18 +65,22 @@ def fit(
     Returns what `learn` needs of the model as it was before; None if the plan has no steps of learning.
     """
     chosen = _draw(rows, plan.tokens, plan.seed)
-    look = ask_teacher if plan.steps else feed
-    with inputs_watched(model) as hessians:
-        teacher = look(model, chosen, pad_id, on_progress=on_progress)
+    model.eval()
     lesson = None
-    if teacher is not None:
-        held_out = ask_teacher(model, validation, pad_id, on_progress=on_progress)
-        lesson = Lesson(chosen, teacher, list(validation), held_out)
+    with inputs_watched(model) as hessians:
+        if plan.steps:
+            teacher = forward.ask(model, chosen, on_progress=on_progress)
+        else:
+            for number, row in enumerate(chosen):
+                on_progress(Progress("feed the tuned model", number, len(chosen), "rows"))
+                forward.feed(model, row)
+    if plan.steps:
+        lesson = Lesson(chosen, teacher, list(validation), forward.ask(model, validation, on_progress=on_progress))
     fitted = fit_rounding(
         model, hessians, dict.fromkeys(decoder_linears(model), plan.grids.linear), on_progress=on_progress
     )
     if plan.grids.finer:
-        hurt = divergences(model, chosen, fitted, pad_id=pad_id, seed=plan.seed, on_progress=on_progress)
+        hurt = divergences(model, chosen, fitted, forward=forward, seed=plan.seed, on_progress=on_progress)
         better = _finer(model, hessians, hurt, plan.grids)
         fitted |= fit_rounding(model, hessians, better, on_progress=on_progress)
     put_on_grid(model, fitted, r=plan.r, seed=plan.seed)
@@ -101,7 +106,7 @@ def learn(
     lesson: Lesson,
     plan: FoldPlan,
     *,
-    pad_id: int,
+    forward: Forward,
     folder: Path,
     mark: str,
     on_progress: OnProgress = silent,
@@ -127,28 +132,34 @@ def learn(
         for _, layer in grid_layers(model):
             layer.round_again()
 
+    def loss_of(model: Any, rows: Sequence[EncodedRow]) -> Tensor:
+        return forward.divergence(model, rows, lesson.teacher)
+
+    @torch.no_grad()
+    def judge(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict[str, float]:
+        model.eval()
+        nats = 0.0
+        for batch in batches([len(row.input_ids) for row in rows], batch_size):
+            nats += float(forward.divergence(model, [rows[i] for i in batch], lesson.held_out_teacher))
+        model.train()
+        return {"validation_loss": nats / sum(row.targets for row in rows)}
+
     return train(
         model,
         lesson.rows,
         lesson.held_out,
         schedule,
-        pad_id=pad_id,
+        Objective(loss_of, judge, start_counts=True, after_step=round_again),
         folder=folder,
         metrics=folder / "metrics.jsonl",
         plan=mark,
-        objective=Objective(
-            loss_of=partial(distillation_loss, teacher=lesson.teacher),
-            judge=partial(divergence_from_teacher, teacher=lesson.held_out_teacher),
-            start_counts=True,
-            after_step=round_again,
-        ),
         on_progress=on_progress,
     )
 
 
-def _draw(rows: Sequence[Encoded], tokens: int, seed: int) -> list[Encoded]:
+def _draw(rows: Sequence[EncodedRow], tokens: int, seed: int) -> list[EncodedRow]:
     """Rows drawn at random until they hold `tokens` tokens."""
-    chosen: list[Encoded] = []
+    chosen: list[EncodedRow] = []
     count = 0
     for row in random.Random(seed).sample(rows, len(rows)):
         if count >= tokens:

@@ -13,22 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qft.data.encode import Encoded
+from qft.data.encode import EncodedRow
 from qft.errors import Interrupted
 from qft.files import sha256_json
-from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
 from qft.training.checkpoint import Position, load_checkpoint, load_parameters, save_checkpoint, save_parameters
+from qft.training.forward import Forward
 from qft.training.lora import trainable
-from qft.training.runner import prefill
 from qft.training.watch import MetricsLog, Watch, stop_flag
 
 _WINDOW_BATCHES = 8  # rows of this many batches are sorted by length together: little padding, order still random
 
-
-LossOf = Callable[[Any, Sequence[Encoded], int], Tensor]  # (model, rows, pad id) → summed loss
-# (model, held-out rows, pad id, batch size) → figures to write down; the step with the least `validation_loss` is kept.
-Judge = Callable[[Any, Sequence[Encoded], int, int], dict[str, float]]
+LossOf = Callable[[Any, Sequence[EncodedRow]], Tensor]  # (model, rows) → summed loss
+# (model, held-out rows, batch size) → figures to write down; the step with the least `validation_loss` is kept.
+Judge = Callable[[Any, Sequence[EncodedRow], int], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -88,83 +86,40 @@ def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def answer_loss(model: Any, rows: Sequence[Encoded], pad_id: int) -> Tensor:
-    """Sum of the cross entropy over the rows' target tokens, float32. Only the positions that can hold a target get logits."""
-    logits, targets = _target_logits(model, rows, pad_id)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-
-def _target_logits(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
-    """float32 (targets, vocabulary) and int64 (targets,): what the model says where a token is in the loss, and that token."""
-    keep = min(max(len(r.input_ids) - r.first_target for r in rows) + 1, max(len(r.input_ids) for r in rows))
-    fed = prefill(model, [r.input_ids for r in rows], pad_id, keep=keep)
-    keep = fed.logits.shape[1]
-    flags = torch.tensor(
-        [[False] * (keep - len(r.in_loss)) + list(r.in_loss[-keep:]) for r in rows], device=fed.ids.device
-    )
-    chosen = flags[:, 1:]
-    return fed.logits[:, :-1][chosen].float(), fed.ids[:, -keep:][:, 1:][chosen]
-
-
-@dataclass(frozen=True)
-class Validation:
-    """loss: mean cross entropy a target token, nats. tokens_right_percent: targets that are the first choice.
-
-    row_nats: cross entropy of each row, summed over its targets.
-    """
-
-    loss: float
-    tokens_right_percent: float
-    row_nats: list[float]
-
-
-@torch.no_grad()
-def validate(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> Validation:
-    """Loss and right tokens on held-out rows; leaves the model in training mode."""
-    model.eval()
-    counts = [sum(row.in_loss) for row in rows]
-    right, row_nats = 0, [0.0] * len(rows)
-    for batch in batches([len(r.input_ids) for r in rows], batch_size):
-        logits, targets = _target_logits(model, [rows[i] for i in batch], pad_id)
-        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-        for index, part in zip(batch, nats.split([counts[i] for i in batch]), strict=True):
-            row_nats[index] = part.sum().item()
-        right += int((logits.argmax(-1) == targets).sum())
-    model.train()
-    return Validation(sum(row_nats) / sum(counts), 100 * right / sum(counts), row_nats)
-
-
-def cross_entropy(model: Any, rows: Sequence[Encoded], pad_id: int, batch_size: int) -> dict[str, float]:
-    """The judge of a fine-tune."""
-    found = validate(model, rows, pad_id, batch_size)
-    return {"validation_loss": found.loss, "validation_tokens_right_percent": found.tokens_right_percent}
-
-
 @dataclass(frozen=True)
 class Objective:
-    """What is learnt and how it is judged; the default is a fine-tune's.
+    """What is learnt and how it is judged.
 
-    loss_of: a sum that is divided by the step's target tokens. start_counts: the values before the first step may be the best
+    loss_of: a sum that is divided by the step's targets. start_counts: the values before the first step may be the best
     ones, too. after_step: called whenever parameters have changed, so that what a model derives from them is made anew.
     """
 
-    loss_of: LossOf = answer_loss
-    judge: Judge = cross_entropy
+    loss_of: LossOf
+    judge: Judge
     start_counts: bool = False
     after_step: Callable[[], None] = lambda: None
 
 
+def fine_tuning(forward: Forward) -> Objective:
+    """The objective of a fine-tune: the cross entropy of the rows' targets."""
+
+    def judge(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict[str, float]:
+        found = forward.validate(model, rows, batch_size)
+        return {"validation_loss": found.loss, "validation_right_percent": found.right_percent}
+
+    return Objective(forward.loss, judge)
+
+
 def train(
     model: Any,
-    rows: Sequence[Encoded],
-    validation: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
+    validation: Sequence[EncodedRow],
     schedule: Schedule,
+    objective: Objective,
     *,
-    pad_id: int,
     folder: Path,
     metrics: Path,
     plan: str,
-    objective: Objective = Objective(),
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
@@ -173,7 +128,7 @@ def train(
     Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
     """
-    run = _Run(model, rows, validation, schedule, objective, pad_id, folder, plan)
+    run = _Run(model, rows, validation, schedule, objective, folder, plan)
     at = run.begin()
     resumed, log, watch, saved = at.step, MetricsLog(metrics, at.step), Watch(), time.monotonic()
     with stop_flag() as stopped:
@@ -214,18 +169,17 @@ class _Run:
     def __init__(
         self,
         model: Any,
-        rows: Sequence[Encoded],
-        validation: Sequence[Encoded],
+        rows: Sequence[EncodedRow],
+        validation: Sequence[EncodedRow],
         schedule: Schedule,
         objective: Objective,
-        pad_id: int,
         folder: Path,
         plan: str,
     ) -> None:
         from accelerate import Accelerator
 
         self.model, self.rows, self.validation = model, rows, validation
-        self.schedule, self.objective, self.pad_id = schedule, objective, pad_id
+        self.schedule, self.objective = schedule, objective
         self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         self.parameters = trainable(model)
         self.optimizer = torch.optim.AdamW(
@@ -269,12 +223,12 @@ class _Run:
         line = {"step": at.step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
         return at, line | {"seconds": round(seconds, 4)}
 
-    def _descend(self, rows: list[Encoded]) -> tuple[float, float]:
-        """Loss and gradient norm. The loss is a mean over all target tokens of the step, however it is cut into micro-batches."""
+    def _descend(self, rows: list[EncodedRow]) -> tuple[float, float]:
+        """Loss and gradient norm. The loss is a mean over all targets of the step, however it is cut into micro-batches."""
         micro, total = self.schedule.batch_size, 0.0
-        targets = sum(sum(row.in_loss) for row in rows)
+        targets = sum(row.targets for row in rows)
         for start in range(0, len(rows), micro):
-            loss = self.objective.loss_of(self.model, rows[start : start + micro], self.pad_id) / targets
+            loss = self.objective.loss_of(self.model, rows[start : start + micro]) / targets
             self.accelerator.backward(loss)
             total += loss.item()
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.schedule.max_grad_norm)
@@ -284,7 +238,7 @@ class _Run:
 
     def judged(self, at: Position) -> tuple[Position, dict[str, float]]:
         """Look at the held-out rows; the values are kept if they are the best so far."""
-        figures = self.objective.judge(self.model, self.validation, self.pad_id, self.schedule.batch_size)
+        figures = self.objective.judge(self.model, self.validation, self.schedule.batch_size)
         if not figures["validation_loss"] < at.best_loss:
             return at, figures
         save_parameters(self.best, self.parameters)

@@ -7,13 +7,25 @@ from typing import Any
 
 import torch
 
-from qft.base_model import is_quantized, load
+from qft.base_model import CLASSIFIER_PARTS
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
 
 
-def attach(model: Any, *, r: int, alpha: float, dropout: float, target_modules: str | list[str], seed: int) -> Any:
-    """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names."""
+def attach(
+    model: Any,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | list[str],
+    seed: int,
+    task_type: str = "CAUSAL_LM",
+) -> Any:
+    """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names.
+
+    task_type: PEFT's name of the task; with SEQ_CLS the head over labels learns too, whole, and is saved with the adapter.
+    """
     quiet_transformers()
     from peft import LoraConfig, get_peft_model
 
@@ -23,7 +35,7 @@ def attach(model: Any, *, r: int, alpha: float, dropout: float, target_modules: 
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides: a float is as good
         lora_dropout=dropout,
         target_modules=target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     try:
         return get_peft_model(model, config)
@@ -42,32 +54,28 @@ def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
-    """Replace every linear weight (not the head) by what its 4-bit form stands for: the base an adapter was trained on."""
+    """Replace every linear weight by what its 4-bit form stands for, the base an adapter was trained on: not the head's."""
     import bitsandbytes.functional as bnb
 
     head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
+    for name, module in model.named_modules():
+        is_head = module is head or not CLASSIFIER_PARTS.isdisjoint(name.split("."))
+        if isinstance(module, torch.nn.Linear) and not is_head:
             codes, state = bnb.quantize_4bit(module.weight.data, quant_type=base, compress_statistics=double_quant)
             module.weight.data = bnb.dequantize_4bit(codes, state).to(module.weight.dtype)
 
 
-def merge(
-    base: Path, adapter: Path, *, quant: str, double_quant: bool, onto_rounded: bool, longest: int | None = None
-) -> Any:
-    """The adapter merged into the 16-bit base, or (onto_rounded) into the dequantized 4-bit base; bfloat16.
+def merge(model: Any, adapter: Path) -> Any:
+    """The adapter merged into its (float) base. The sum is formed in float32 and rounded to the base's type once.
 
-    The sum is formed in float32 and rounded to bfloat16 once. Tied embeddings stay tied.
+    Tied embeddings stay tied; a head that learnt whole takes the place of the base's.
     """
     quiet_transformers()
     from peft import PeftModel
 
-    model = load(base, base="none", double_quant=False, compute_dtype="bfloat16", longest=longest)
-    if onto_rounded and not is_quantized(base):
-        round_base_to_4bit(model, base=quant, double_quant=double_quant)
-    tuned = PeftModel.from_pretrained(model.float(), str(adapter))
-    merged = tuned.merge_and_unload().to(torch.bfloat16).eval()
-    merged.config.dtype = torch.bfloat16
+    own = model.dtype
+    merged = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload().to(own).eval()
+    merged.config.dtype = own
     if hasattr(merged.config, "quantization_config"):
         del merged.config.quantization_config
     return merged

@@ -16,40 +16,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qft.data.encode import Encoded
+from qft.data.encode import EncodedRow
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.fit import Fitted, decoder_linears, dense
 from qft.quant.grids import Scheme
-from qft.training.runner import prefill
+from qft.training.forward import Forward
 
 _ROWS = 16  # samples of ½ ⟨g, D⟩²; their mean is within about a third of the truth
-_TOKENS = 128  # of each row
 
 
 def divergences(
     model: Any,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
     fitted: dict[str, Fitted],
     *,
-    pad_id: int,
+    forward: Forward,
     seed: int,
     on_progress: OnProgress = silent,
 ) -> dict[str, float]:
-    """Layer name → estimated KL(model ‖ model with this layer rounded), nats a token. The model is frozen."""
+    """Layer name → estimated KL(model ‖ model with this layer rounded), nats a position. The model is frozen."""
     chance = torch.Generator().manual_seed(seed)
-    totals, tokens = dict.fromkeys(fitted, 0.0), 0
+    totals, positions = dict.fromkeys(fitted, 0.0), 0
     model.eval()
     with _moves_watched(model, fitted) as moves:
         for number, row in enumerate(rows[:_ROWS]):
             on_progress(Progress("find what rounding hurts", number, min(_ROWS, len(rows)), "rows"))
-            ids = row.input_ids[:_TOKENS]
-            log_p = torch.log_softmax(prefill(model, [ids], pad_id, keep=len(ids)).logits[0].float(), -1)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
-            log_p.gather(-1, drawn.to(log_p.device)).sum().backward()
+            log_p, count = forward.drawn_log_p(model, row, chance)
+            log_p.backward()
             for name, move in moves.items():
                 totals[name] += 0.5 * move**2
-            tokens += len(ids)
-    return {name: total / tokens for name, total in totals.items()}
+            positions += count
+    return {name: total / positions for name, total in totals.items()}
 
 
 def choose_grids(

@@ -68,7 +68,7 @@ def test_the_message_says_what_is_wrong_and_where(
     (tmp_path / "binary.jsonl").write_bytes(b"\0\1\2\3")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\1" * 40)
     for name, files in {
-        "encoder": {"config.json": '{"architectures": ["BertModel"]}'},
+        "encoder": {"config.json": '{"architectures": ["BertModel"]}', "model.safetensors": ""},
         "nothing": {"readme": ""},
         "pickled": {"config.json": '{"architectures": ["LlamaForCausalLM"]}', "pytorch_model.bin": ""},
     }.items():

@@ -1,0 +1,61 @@
+"""An ONNX classifier under onnxruntime: logits of batches of texts. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qft.bundle.session import open_session
+from qft.data.labelled import Labelled
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Names in the order of the logits. several: a row may have any number of them, each decided by a sigmoid."""
+
+    names: tuple[str, ...]
+    several: bool
+
+    def decide(self, logits: np.ndarray, temperature: float = 1.0) -> tuple[str, float]:
+        """Answer and its probability for logits (labels,). With several labels that of the whole set, taken as independent."""
+        scaled = logits.astype(np.float64) / temperature
+        if not self.several:
+            best = int(scaled.argmax())
+            return self.names[best], float(1 / np.exp(scaled - scaled[best]).sum())
+        sure = np.abs(scaled)
+        chosen = [name for name, value in zip(self.names, scaled, strict=True) if value > 0]
+        return ", ".join(chosen), float(np.exp(-np.log1p(np.exp(-sure)).sum()))
+
+    def named(self, row: Labelled) -> str:
+        """The answer expected of a row."""
+        return ", ".join(self.names[number] for number in row.labels)
+
+
+class OnnxClassifier:
+    """Runs a model with a head over labels, as optimum exports it."""
+
+    def __init__(self, model: Path, *, pad_id: int, threads: int = 0, provider: str = "cpu") -> None:
+        """Raises InputError as `open_session` does."""
+        self.session, self.threads = open_session(model, threads=threads, provider=provider)
+        self.pad_id = pad_id
+        self._named = {i.name for i in self.session.get_inputs()}
+
+    def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray:
+        """float32 (rows, 1, labels), whatever `keep` is: a text has one answer."""
+        width = max(map(len, rows))
+        feed = {
+            "input_ids": np.array([list(r) + [self.pad_id] * (width - len(r)) for r in rows], dtype=np.int64),
+            "attention_mask": np.array([[1] * len(r) + [0] * (width - len(r)) for r in rows], dtype=np.int64),
+        }
+        if "token_type_ids" in self._named:
+            feed["token_type_ids"] = np.zeros_like(feed["input_ids"])
+        return self.session.run(["logits"], feed)[0].astype(np.float32, copy=False)[:, None]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 1, stop_ids: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """The likeliest label's place: for a golden case, a classifier writes one token of a vocabulary of labels."""
+        return [[int(row[-1].argmax())] for row in self.logits(prompts, 1)]

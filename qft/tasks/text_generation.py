@@ -1,0 +1,126 @@
+"""Language models that write: answers, dialogue, translations, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qft.base_model import check_writes, load
+from qft.bundle.assets import Decoder, write_decoder_configs
+from qft.bundle.golden import GoldenCase, make_cases
+from qft.bundle.manifest import Bundle
+from qft.data.encode import EncodeCounts, Encoded, encode_all
+from qft.data.examples import Example
+from qft.data.inspect import check_loss_mask, marked
+from qft.data.labelled import LabelSet
+from qft.data.tokenizer import TextTokenizer
+from qft.measure.quality import Quality, RowAnswer, Witness, measure
+from qft.progress import OnProgress
+
+if TYPE_CHECKING:
+    from qft.training.causal import CausalForward
+    from qft.training.runner import TorchRunner
+
+_GOLDEN_CASES = 8
+_GOLDEN_TOKENS = 24  # a golden answer is at most this long
+
+
+class TextGeneration:
+    """Rows are token ids with a loss mask, quality is answers and perplexity, the graph is a decoder with past."""
+
+    export_task = "text-generation-with-past"
+    ort_class = "ORTModelForCausalLM"
+    peft_type = "CAUSAL_LM"
+    metrics = ("accuracy", "perplexity")
+
+    def __init__(self, labels: LabelSet, *, class_weights: str) -> None:
+        """Labels, where rows have them, are answers like others."""
+
+    def check_base(self, folder: Path) -> None:
+        """A causal language model."""
+        check_writes(folder)
+
+    def encode(
+        self, examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress
+    ) -> tuple[list[Encoded], EncodeCounts]:
+        """The model's chat template around every conversation, answers in the loss."""
+        return encode_all(examples, tokenizer, max_length=max_length, on_progress=on_progress)
+
+    def check_rows(self, rows: Sequence[Encoded]) -> None:
+        """Some tokens are in the loss, and unless rows are plain text, not all."""
+        plain = all(row.label is None and row.answer_start == 1 for row in rows)
+        check_loss_mask(rows, answers_only=not plain)
+
+    def read(self, line: dict[str, Any]) -> Encoded:
+        """Undo `Encoded.as_dict`."""
+        return Encoded.from_dict(line)
+
+    def marked(self, row: Encoded, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
+        """What is in the loss."""
+        return marked(row, tokenizer)
+
+    def shown(self, row: Encoded, tokenizer: TextTokenizer) -> str:
+        """The prompt."""
+        return tokenizer.decode(row.prompt)
+
+    def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
+        """A causal language model."""
+        return load(folder, **how)
+
+    def forward(self, tokenizer: TextTokenizer) -> CausalForward:
+        """Every next token."""
+        from qft.training.causal import CausalForward
+
+        return CausalForward(tokenizer.pad_id)
+
+    def torch_runner(self, model: Any, tokenizer: TextTokenizer) -> TorchRunner:
+        """Logits and greedy answers."""
+        from qft.training.runner import TorchRunner
+
+        return TorchRunner(model, tokenizer.pad_id)
+
+    def measure(
+        self,
+        runner: Any,
+        rows: Sequence[Encoded],
+        tokenizer: TextTokenizer,
+        *,
+        metric: str,
+        batch_size: int,
+        extra_tokens: int,
+        witness: Witness | None,
+        on_progress: OnProgress,
+    ) -> tuple[Quality, list[RowAnswer]]:
+        """Exact answers where rows have labels, perplexity."""
+        return measure(
+            runner,
+            rows,
+            tokenizer,
+            metric=metric,
+            batch_size=batch_size,
+            extra_tokens=extra_tokens,
+            witness=witness,
+            on_progress=on_progress,
+        )
+
+    def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
+        """For transformers.js, optimum and onnxruntime-genai."""
+        write_decoder_configs(merged, folder, Decoder(model, inputs, tokenizer.stop_ids, tokenizer.pad_id))
+
+    def golden_cases(self, bundle: Bundle, rows: Sequence[Encoded]) -> list[GoldenCase]:
+        """Greedy answers. Plain text has no prompt: its first half asks for the second."""
+        prompts = [
+            row.prompt if len(row.prompt) > 1 else row.input_ids[: max(2, len(row.input_ids) // 2)] for row in rows
+        ]
+        return make_cases(
+            bundle.runner(),
+            prompts[:_GOLDEN_CASES],
+            bundle.tokenizer.decode,
+            max_new_tokens=_GOLDEN_TOKENS,
+            stop_ids=bundle.tokenizer.stop_ids,
+        )
+
+    def speed_settings(self, rows: Sequence[Encoded], *, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        """A prompt and what is written after it."""
+        return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}

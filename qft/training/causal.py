@@ -1,0 +1,113 @@
+"""Language models: rows are token sequences, targets are the tokens in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft.data.encode import Encoded
+from qft.measure.agreement import TOP
+from qft.measure.quality import batches
+from qft.progress import OnProgress, Progress, silent
+from qft.training.distill import Teacher, TopDivergence, log_rest
+from qft.training.forward import Validation
+from qft.training.runner import prefill
+
+_DRAWN_TOKENS = 128  # of a row: enough for a sample of what rounding hurts
+
+
+@dataclass(frozen=True)
+class CausalForward:
+    """`Forward` for a decoder that predicts every next token. pad_id: fills rows up on the left, never looked at."""
+
+    pad_id: int
+
+    def loss(self, model: Any, rows: Sequence[Encoded]) -> Tensor:
+        """Sum of the cross entropy over target tokens, float32. Only positions that can hold a target get logits."""
+        logits, targets = self._target_logits(model, rows)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+    @torch.no_grad()
+    def validate(self, model: Any, rows: Sequence[Encoded], batch_size: int) -> Validation:
+        """Loss and right tokens on held-out rows; leaves the model in training mode."""
+        model.eval()
+        counts = [row.targets for row in rows]
+        right, row_nats = 0, [0.0] * len(rows)
+        for batch in batches([len(r.input_ids) for r in rows], batch_size):
+            logits, targets = self._target_logits(model, [rows[i] for i in batch])
+            nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            for index, part in zip(batch, nats.split([counts[i] for i in batch]), strict=True):
+                row_nats[index] = part.sum().item()
+            right += int((logits.argmax(-1) == targets).sum())
+        model.train()
+        return Validation(sum(row_nats) / sum(counts), 100 * right / sum(counts), row_nats)
+
+    @torch.no_grad()
+    def feed(self, model: Any, row: Encoded) -> None:
+        """One row alone; the head sees one position of it."""
+        prefill(model, [row.input_ids], self.pad_id, keep=1)
+
+    @torch.no_grad()
+    def ask(self, model: Any, rows: Sequence[Encoded], *, on_progress: OnProgress = silent) -> Teacher:
+        """The likeliest tokens at every position of every row."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        starts: dict[tuple[int, ...], int] = {}
+        position = 0
+        for number, row in enumerate(rows):
+            on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
+            (logits,) = self._all_logits(model, [row])
+            log_p, ids = torch.log_softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1]), dim=-1)
+            parts.append((ids.int().cpu(), log_p.half().cpu(), log_rest(log_p).half().cpu()))
+            starts[row.input_ids] = position
+            position += len(row.input_ids)
+        ids, log_p, rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Teacher(ids, log_p, rest, starts)
+
+    def divergence(self, model: Any, rows: Sequence[Encoded], teacher: Teacher) -> Tensor:
+        """Sum over the rows of KL(teacher ‖ model), nats, float32.
+
+        A row counts as many positions as it has targets, half of the weight on the positions that predict a target and half
+        on the others (all on the targets if there are no others): an answer may be one token, and what the model makes of
+        the prompt tells much more about its weights.
+        """
+        total = torch.zeros((), device=model.device)
+        for row, logits in zip(rows, self._all_logits(model, rows), strict=True):
+            start = teacher.starts[row.input_ids]
+            span = slice(start, start + len(row.input_ids) - 1)  # nothing follows the last token
+            said = [t[span].to(logits.device) for t in (teacher.ids, teacher.log_p, teacher.rest)]
+            divergence = TopDivergence.apply(logits[:-1].float(), said[0].long(), said[1].float(), said[2].float())
+            target = torch.tensor(row.in_loss[1:], device=logits.device)
+            count = int(target.sum())
+            if count == len(target):
+                total = total + divergence.sum()
+            else:
+                total = total + 0.5 * divergence[target].sum() + 0.5 * count * divergence[~target].mean()
+        return total
+
+    def drawn_log_p(self, model: Any, row: Encoded, chance: torch.Generator) -> tuple[Tensor, int]:
+        """Of a token drawn at each of the row's first positions."""
+        ids = row.input_ids[:_DRAWN_TOKENS]
+        log_p = torch.log_softmax(prefill(model, [ids], self.pad_id, keep=len(ids)).logits[0].float(), -1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
+        return log_p.gather(-1, drawn.to(log_p.device)).sum(), len(ids)
+
+    def _target_logits(self, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """float32 (targets, vocabulary) and int64 (targets,): what is said where a token is in the loss, and that token."""
+        keep = min(max(len(r.input_ids) - r.first_target for r in rows) + 1, max(len(r.input_ids) for r in rows))
+        fed = prefill(model, [r.input_ids for r in rows], self.pad_id, keep=keep)
+        keep = fed.logits.shape[1]
+        flags = torch.tensor(
+            [[False] * (keep - len(r.in_loss)) + list(r.in_loss[-keep:]) for r in rows], device=fed.ids.device
+        )
+        chosen = flags[:, 1:]
+        return fed.logits[:, :-1][chosen].float(), fed.ids[:, -keep:][:, 1:][chosen]
+
+    def _all_logits(self, model: Any, rows: Sequence[Encoded]) -> list[Tensor]:
+        """(tokens, vocabulary) of each row."""
+        longest = max(len(r.input_ids) for r in rows)
+        logits = prefill(model, [r.input_ids for r in rows], self.pad_id, keep=longest).logits
+        return [row_logits[-len(row.input_ids) :] for row, row_logits in zip(rows, logits, strict=True)]

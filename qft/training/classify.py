@@ -1,0 +1,130 @@
+"""Classifiers: a row is a text, its target one label or, where rows may have several, a yes or no to every label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
+
+from qft.data.labelled import Labelled
+from qft.measure.quality import batches
+from qft.progress import OnProgress, Progress, silent
+from qft.training.forward import Validation
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), int64 (rows, longest): encoders count positions from the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([list(r) + [pad_id] * (width - len(r)) for r in rows])
+    return ids, torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+
+
+def label_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """float32 (rows, labels)."""
+    ids, mask = (tensor.to(model.device) for tensor in right_pad(rows, pad_id))
+    return model(input_ids=ids, attention_mask=mask).logits.float()
+
+
+@dataclass(frozen=True)
+class ClassifierForward:
+    """`Forward` for a model with a head over labels. pad_id: fills rows up on the right, masked out.
+
+    label_weights: what a row of each label counts in the loss of training. several: sigmoid and binary cross entropy
+    summed over the labels instead of softmax.
+    """
+
+    pad_id: int
+    label_weights: tuple[float, ...]
+    several: bool
+
+    def loss(self, model: Any, rows: Sequence[Labelled]) -> Tensor:
+        """Sum over the rows of their (weighted) cross entropy, float32."""
+        weights = torch.tensor(self.label_weights, device=model.device)
+        return self._nats(label_logits(model, [r.input_ids for r in rows], self.pad_id), rows, weights).sum()
+
+    @torch.no_grad()
+    def validate(self, model: Any, rows: Sequence[Labelled], batch_size: int) -> Validation:
+        """Loss without weights, and rows whose labels are all right; leaves the model in training mode."""
+        model.eval()
+        row_nats, right = [0.0] * len(rows), 0
+        for batch in batches([len(r.input_ids) for r in rows], batch_size):
+            chosen = [rows[i] for i in batch]
+            logits = label_logits(model, [r.input_ids for r in chosen], self.pad_id)
+            for index, nats in zip(batch, self._nats(logits, chosen).tolist(), strict=True):
+                row_nats[index] = nats
+            wanted = self._wanted(chosen, logits)
+            guessed = (logits > 0).float() if self.several else torch.eye(logits.shape[1])[logits.argmax(-1).cpu()]
+            right += int((guessed.to(wanted.device) == wanted).all(-1).sum())
+        model.train()
+        return Validation(sum(row_nats) / len(rows), 100 * right / len(rows), row_nats)
+
+    @torch.no_grad()
+    def feed(self, model: Any, row: Labelled) -> None:
+        """One row alone."""
+        label_logits(model, [row.input_ids], self.pad_id)
+
+    @torch.no_grad()
+    def ask(self, model: Any, rows: Sequence[Labelled], *, on_progress: OnProgress = silent) -> dict[Any, Tensor]:
+        """Logits, float32 (labels,), of every text."""
+        said: dict[Any, Tensor] = {}
+        for number, row in enumerate(rows):
+            on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
+            said[row.input_ids] = label_logits(model, [row.input_ids], self.pad_id)[0].cpu()
+        return said
+
+    def divergence(self, model: Any, rows: Sequence[Labelled], teacher: dict[Any, Tensor]) -> Tensor:
+        """Sum over the rows of KL(teacher ‖ model), nats; with several labels a row, summed over its labels."""
+        ours = label_logits(model, [r.input_ids for r in rows], self.pad_id)
+        theirs = torch.stack([teacher[row.input_ids] for row in rows]).to(ours.device)
+        if not self.several:
+            log_p = theirs.log_softmax(-1)
+            return (log_p.exp() * (log_p - ours.log_softmax(-1))).sum()
+        yes = theirs.sigmoid()
+        return (
+            yes * (logsigmoid(theirs) - logsigmoid(ours)) + (1 - yes) * (logsigmoid(-theirs) - logsigmoid(-ours))
+        ).sum()
+
+    def drawn_log_p(self, model: Any, row: Labelled, chance: torch.Generator) -> tuple[Tensor, int]:
+        """Of a label, or of a yes or no to every label, drawn from the model itself."""
+        (logits,) = label_logits(model, [row.input_ids], self.pad_id)
+        if self.several:
+            yes = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=chance).to(logits.device)
+            return -binary_cross_entropy_with_logits(logits, yes, reduction="sum"), 1
+        drawn = int(torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=chance))
+        return logits.log_softmax(-1)[drawn], 1
+
+    def _nats(self, logits: Tensor, rows: Sequence[Labelled], weights: Tensor | None = None) -> Tensor:
+        """(rows,)."""
+        if self.several:
+            wanted = self._wanted(rows, logits)
+            return binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="none").sum(-1)
+        targets = torch.tensor([row.labels[0] for row in rows], device=logits.device)
+        return cross_entropy(logits, targets, weight=weights, reduction="none")
+
+    def _wanted(self, rows: Sequence[Labelled], logits: Tensor) -> Tensor:
+        """float32 (rows, labels): 1 where a label is the row's."""
+        wanted = torch.zeros_like(logits)
+        for number, row in enumerate(rows):
+            wanted[number, list(row.labels)] = 1
+        return wanted
+
+
+class TorchClassifier:
+    """Runs a Hugging Face classifier as a bundle's session does; leaves its train/eval mode as it was."""
+
+    def __init__(self, model: Any, pad_id: int) -> None:
+        self.model = model
+        self.pad_id = pad_id
+
+    @torch.no_grad()
+    def logits(self, rows: Sequence[Sequence[int]], keep: int) -> Any:
+        """float32 (rows, 1, labels), whatever `keep` is: a text has one answer."""
+        was_training = self.model.training
+        self.model.eval()
+        found = label_logits(self.model, rows, self.pad_id)[:, None].cpu().numpy()
+        self.model.train(was_training)
+        return found

@@ -1,0 +1,47 @@
+"""What a kind of task must say about its rows and its model, so that one loop tunes and one fold ships all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qft.data.encode import EncodedRow
+from qft.progress import OnProgress
+
+
+@dataclass(frozen=True)
+class Validation:
+    """loss: mean cross entropy a target, nats. right_percent: targets that are the first choice.
+
+    row_nats: cross entropy of each row, summed over its targets.
+    """
+
+    loss: float
+    right_percent: float
+    row_nats: list[float]
+
+
+class Forward(Protocol):
+    """How rows go through a model. A teacher is whatever `ask` returns and `divergence` takes."""
+
+    def loss(self, model: Any, rows: Sequence[Any]) -> Tensor:
+        """Cross entropy summed over the rows' targets, float32."""
+
+    def validate(self, model: Any, rows: Sequence[Any], batch_size: int) -> Validation:
+        """Loss and right answers on held-out rows; leaves the model in training mode."""
+
+    def feed(self, model: Any, row: Any) -> None:
+        """One row alone, without padding, for whoever watches the model's layers meanwhile."""
+
+    def ask(self, model: Any, rows: Sequence[Any], *, on_progress: OnProgress) -> Any:
+        """What the model says about every row, each fed alone as in `feed`."""
+
+    def divergence(self, model: Any, rows: Sequence[Any], teacher: Any) -> Tensor:
+        """KL(teacher ‖ model) summed over rows, each weighing as many nats as it has targets, float32."""
+
+    def drawn_log_p(self, model: Any, row: EncodedRow, chance: torch.Generator) -> tuple[Tensor, int]:
+        """Log probability of an answer drawn from the model itself, summed over positions, and how many these are."""
