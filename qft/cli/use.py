@@ -69,7 +69,7 @@ def predict_command(
         answers = bundle.answer(lines, bundle.runner(), max_new_tokens=max_new_tokens)
     if as_json:
         said = [asdict(answer) for answer in answers]
-        print_json({"answers": [{"text": line, **answer} for line, answer in zip(lines, said, strict=True)]})
+        print_json({"answers": [{"input": line, **answer} for line, answer in zip(lines, said, strict=True)]})
     else:
         for answer in answers:
             print_line(str(answer))

@@ -56,7 +56,9 @@ def run(job: Job, fingerprint: str) -> Facts:
 
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    base = job.load(folder, tokenizer, base=recipe.quantization.base)
+    base, forward = job.load(folder, tokenizer, base=recipe.quantization.base), task.forward(tokenizer)
+    rows, validation = job.rows("train"), job.rows("validation")
+    fitted = forward.start(base, rows, validation, batch_size=recipe.evaluation.batch_size, on_progress=job.on_progress)
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = attach(
@@ -70,10 +72,10 @@ def run(job: Job, fingerprint: str) -> Facts:
     )
     result = train(
         model,
-        job.rows("train"),
-        job.rows("validation"),
+        rows,
+        validation,
         _schedule(recipe),
-        fine_tuning(task.forward(tokenizer)),
+        fine_tuning(forward, start_counts=fitted),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,

@@ -26,6 +26,18 @@ class CausalForward:
 
     pad_id: int
 
+    def start(
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        validation: Sequence[Encoded],
+        *,
+        batch_size: int,
+        on_progress: OnProgress = silent,
+    ) -> bool:
+        """Nothing is new: its own head stays."""
+        return False
+
     def loss(self, model: Any, rows: Sequence[Encoded]) -> Tensor:
         """Sum of the cross entropy over target tokens, float32. Only positions that can hold a target get logits."""
         logits, targets = self._target_logits(model, rows)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid, one_hot
 
+from qft.base_model import label_layer
 from qft.data.labelled import Labelled
 from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
 from qft.training.forward import Validation
+from qft.training.head import Seen, fit_linear
+
+_HEAD_ROWS = 20_000  # that a new head is fitted on: their vectors are held in memory
 
 
 def right_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -29,6 +34,21 @@ def label_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> Tens
     return model(input_ids=ids, attention_mask=mask).logits.float()
 
 
+def wanted_labels(rows: Sequence[Labelled], labels: int) -> Tensor:
+    """float32 (rows, labels): 1 where a label is the row's."""
+    wanted = torch.zeros(len(rows), labels)
+    for number, row in enumerate(rows):
+        wanted[number, list(row.labels)] = 1
+    return wanted
+
+
+def label_nats(logits: Tensor, wanted: Tensor, *, several: bool, weights: Tensor | None = None) -> Tensor:
+    """Cross entropy of each row (rows,), with several labels summed over them. weights: of the labels, see `LabelSet`."""
+    if several:
+        return binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="none").sum(-1)
+    return cross_entropy(logits, wanted.argmax(-1), weight=weights, reduction="none")
+
+
 @dataclass(frozen=True)
 class ClassifierForward:
     """`Forward` for a model with a head over labels. pad_id: fills rows up on the right, masked out.
@@ -41,10 +61,58 @@ class ClassifierForward:
     label_weights: tuple[float, ...]
     several: bool
 
+    def start(
+        self,
+        model: Any,
+        rows: Sequence[Labelled],
+        validation: Sequence[Labelled],
+        *,
+        batch_size: int,
+        on_progress: OnProgress = silent,
+    ) -> bool:
+        """Fit the head over the labels on what the frozen model says (of at most 20,000 rows)."""
+        linear = label_layer(model, len(self.label_weights))
+        # How strongly to hold it back is chosen with the model's own dropout at work, as it will be in training: a head
+        # that leans on small differences would begin there with a loss that explodes.
+        torch.manual_seed(0)
+        learn, choose = (
+            Seen(
+                self._head_inputs(model.train(dropout), linear, part, batch_size, on_progress),
+                wanted_labels(part, linear.out_features),
+            )
+            for part, dropout in ((rows[:_HEAD_ROWS], False), (validation, True))
+        )
+        nats = functools.partial(self._nats, weighted=True)
+        weight, bias = fit_linear(learn, choose, nats, has_bias=linear.bias is not None)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if linear.bias is not None:
+                linear.bias.copy_(bias)
+        return True
+
+    @torch.no_grad()
+    def _head_inputs(
+        self, model: Any, linear: Any, rows: Sequence[Labelled], batch_size: int, on_progress: OnProgress
+    ) -> Tensor:
+        """float32 (rows, hidden): a text's one vector, or that of its last token."""
+        caught: list[Tensor] = []
+        hook = linear.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float().cpu()))
+        found: dict[int, Tensor] = {}
+        for batch in batches([len(r.input_ids) for r in rows], batch_size):
+            texts = [rows[i].input_ids for i in batch]
+            label_logits(model, texts, self.pad_id)
+            values = caught.pop()
+            if values.dim() == 3:
+                values = values[torch.arange(len(texts)), torch.tensor([len(text) - 1 for text in texts])]
+            found |= zip(batch, values, strict=True)
+            on_progress(Progress("fit the head", len(found), len(rows), "rows"))
+        hook.remove()
+        return torch.stack([found[number] for number in range(len(rows))])
+
     def loss(self, model: Any, rows: Sequence[Labelled]) -> Tensor:
         """Sum over the rows of their (weighted) cross entropy, float32."""
-        weights = torch.tensor(self.label_weights, device=model.device)
-        return self._nats(label_logits(model, [r.input_ids for r in rows], self.pad_id), rows, weights).sum()
+        logits = label_logits(model, [r.input_ids for r in rows], self.pad_id)
+        return self._nats(logits, wanted_labels(rows, logits.shape[1]).to(logits.device), weighted=True).sum()
 
     @torch.no_grad()
     def validate(self, model: Any, rows: Sequence[Labelled], batch_size: int) -> Validation:
@@ -54,11 +122,11 @@ class ClassifierForward:
         for batch in batches([len(r.input_ids) for r in rows], batch_size):
             chosen = [rows[i] for i in batch]
             logits = label_logits(model, [r.input_ids for r in chosen], self.pad_id)
-            for index, nats in zip(batch, self._nats(logits, chosen).tolist(), strict=True):
+            wanted = wanted_labels(chosen, logits.shape[1]).to(logits.device)
+            for index, nats in zip(batch, self._nats(logits, wanted).tolist(), strict=True):
                 row_nats[index] = nats
-            wanted = self._wanted(chosen, logits)
-            guessed = (logits > 0).float() if self.several else torch.eye(logits.shape[1])[logits.argmax(-1).cpu()]
-            right += int((guessed.to(wanted.device) == wanted).all(-1).sum())
+            guessed = (logits > 0).float() if self.several else one_hot(logits.argmax(-1), logits.shape[1])
+            right += int((guessed == wanted).all(-1).sum())
         model.train()
         return Validation(sum(row_nats) / len(rows), 100 * right / len(rows), row_nats)
 
@@ -97,20 +165,9 @@ class ClassifierForward:
         drawn = int(torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=chance))
         return logits.log_softmax(-1)[drawn], 1
 
-    def _nats(self, logits: Tensor, rows: Sequence[Labelled], weights: Tensor | None = None) -> Tensor:
-        """(rows,)."""
-        if self.several:
-            wanted = self._wanted(rows, logits)
-            return binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="none").sum(-1)
-        targets = torch.tensor([row.labels[0] for row in rows], device=logits.device)
-        return cross_entropy(logits, targets, weight=weights, reduction="none")
-
-    def _wanted(self, rows: Sequence[Labelled], logits: Tensor) -> Tensor:
-        """float32 (rows, labels): 1 where a label is the row's."""
-        wanted = torch.zeros_like(logits)
-        for number, row in enumerate(rows):
-            wanted[number, list(row.labels)] = 1
-        return wanted
+    def _nats(self, logits: Tensor, wanted: Tensor, *, weighted: bool = False) -> Tensor:
+        weights = torch.tensor(self.label_weights, device=logits.device) if weighted else None
+        return label_nats(logits, wanted, several=self.several, weights=weights)
 
 
 class TorchClassifier:

@@ -28,6 +28,11 @@ class Validation:
 class Forward(Protocol):
     """How rows go through a model. A teacher is whatever `ask` returns and `divergence` takes."""
 
+    def start(
+        self, model: Any, rows: Sequence[Any], validation: Sequence[Any], *, batch_size: int, on_progress: OnProgress
+    ) -> bool:
+        """Fit what is new in a model before anything is fine-tuned; whether there was anything."""
+
     def loss(self, model: Any, rows: Sequence[Any]) -> Tensor:
         """Cross entropy summed over the rows' targets, float32."""
 

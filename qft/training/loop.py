@@ -100,14 +100,14 @@ class Objective:
     after_step: Callable[[], None] = lambda: None
 
 
-def fine_tuning(forward: Forward) -> Objective:
-    """The objective of a fine-tune: the cross entropy of the rows' targets."""
+def fine_tuning(forward: Forward, *, start_counts: bool = False) -> Objective:
+    """The objective of a fine-tune: the cross entropy of the rows' targets. start_counts: see `Objective`."""
 
     def judge(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict[str, float]:
         found = forward.validate(model, rows, batch_size)
         return {"validation_loss": found.loss, "validation_right_percent": found.right_percent}
 
-    return Objective(forward.loss, judge)
+    return Objective(forward.loss, judge, start_counts)
 
 
 def train(

@@ -1,0 +1,126 @@
+"""A classifier's whole path: an encoder with a new head becomes a bundle that onnxruntime and optimum open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qft.bundle.manifest import Bundle
+from tests.e2e.conftest import Type, type_in
+
+RUN = "runs/recipe"
+INT4 = f"{RUN}/bundles/cpu-int4"
+RECIPE = """\
+model: {model}
+task: text-classification
+data: {{train: reviews.jsonl, eval: 24, validation: 24}}
+training: {{epochs: 2, learning_rate: 1e-4, batch_size: 8, max_length: 32, evaluations: 2}}
+fold: {{steps: 8}}
+verify: {{rows: 8, quantized_top1: 0.7}}
+export: {{budget: {{max_worse: 30 points}}}}
+bench: {{trials: 2}}
+"""
+
+
+def as_json(done: object) -> dict:
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    return json.loads(done.stdout)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, reviews: list[dict[str, str]]) -> Path:
+    """A folder in which `qft run recipe.yaml` was typed."""
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=tiny_encoder))
+    done = type_in(folder, "qft run recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_it_has_learnt_and_what_was_trained_is_what_ships(classified: Path, typed: Type) -> None:
+    found = as_json(typed(classified, "qft run recipe.yaml --json"))
+    steps = {step["stage"]: step for step in found["waterfall"]}
+    assert list(steps) == ["base", "tuned", "merged", "exported", "rounded", "folded", "shipped"]
+    assert steps["tuned"]["value"] >= steps["base"]["value"] + 15
+    assert steps["merged"]["loss"] == pytest.approx(steps["tuned"]["loss"], abs=1e-3)
+    assert steps["exported"]["loss"] == pytest.approx(steps["merged"]["loss"], abs=1e-4)
+    assert abs(steps["shipped"]["loss"] - steps["folded"]["loss"]) < 0.05
+    assert steps["shipped"]["macro_f1_percent"] > 65
+
+
+def test_the_bundle_says_which_labels_and_how_far_to_trust_it(classified: Path) -> None:
+    manifest = json.loads((classified / INT4 / "qft.json").read_text())
+    config = json.loads((classified / INT4 / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert manifest["quality"]["calibration_error_percent"] >= 0
+    bundle = Bundle.load(classified / INT4)
+    assert bundle.classifies
+    (decision,) = bundle.classify(["I loved every minute in town"], bundle.runner())
+    assert decision.text in ("positive", "negative")
+    assert 0.5 <= decision.probability <= 1
+
+
+def test_optimum_gives_the_same_logits(classified: Path) -> None:
+    import torch
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    bundle = Bundle.load(classified / INT4)
+    model = ORTModelForSequenceClassification.from_pretrained(
+        bundle.folder, subfolder="onnx", file_name="model_q4.onnx"
+    )
+    ids = bundle.tokenizer.encode("dull and slow at home", add_special_tokens=True)
+    theirs = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64)).logits
+    np.testing.assert_allclose(theirs.numpy(), bundle.runner().logits([ids], 1)[:, 0], atol=1e-5)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_predict_eval_check_and_report(classified: Path, typed: Type) -> None:
+    lines = ["dull and slow at home", "great acting last night"]
+    found = as_json(typed(classified, "qft predict --json", stdin="\n".join(lines)))["answers"]
+    assert len(found) == 2
+    assert {answer["text"] for answer in found} <= {"positive", "negative"}
+    assert typed(classified, "qft predict", stdin="\n".join(lines)).stdout.count("\n") == 2
+    manifest = json.loads((classified / INT4 / "qft.json").read_text())
+    again = as_json(typed(classified, "qft eval --json"))["quality"]
+    assert again["loss"] == pytest.approx(manifest["quality"]["loss"], abs=1e-6)
+    assert as_json(typed(classified, "qft check --json"))["agrees"]
+    page = (classified / RUN / "report.html").read_text()
+    for words in ("positive", "negative", "calibration error", "macro F1"):
+        assert words in page
+
+
+def test_plan_shows_the_label(classified: Path, typed: Type) -> None:
+    for row in as_json(typed(classified, "qft plan recipe.yaml --json"))["rows"]:
+        assert [run["text"] for run in row["runs"] if run["in_loss"]] in (["positive"], ["negative"])
+
+
+def test_rows_may_have_several_labels(classified: Path, typed: Type, reviews: list[dict[str, str]]) -> None:
+    def tags(row: dict[str, str]) -> list[str]:
+        return [row["label"], *(["acting"] if "acting" in row["text"] else [])]
+
+    text = "".join(json.dumps({"text": row["text"], "label": tags(row)}) + "\n" for row in reviews)
+    (classified / "tags.jsonl").write_text(text)
+    found = as_json(
+        typed(
+            classified,
+            "qft tune recipe.yaml name=tags data.train=tags.jsonl classification.class_weights=balanced --json",
+        )
+    )
+    steps = {step["stage"]: step for step in found["waterfall"]}
+    assert steps["tuned"]["metric"] == "macro_f1"
+    assert steps["tuned"]["value"] > steps["base"]["value"] + 15
+
+
+def test_what_a_classifier_cannot_do_is_said(classified: Path, typed: Type) -> None:
+    for line, words in (
+        ("data.system=Judge. name=a", "data.system"),
+        ("evaluation.metric=perplexity name=b", "evaluation.metric"),
+    ):
+        done = typed(classified, f"qft tune recipe.yaml {line}")
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
