@@ -108,15 +108,16 @@ def _teach_the_form(model: Any, tokenizer: Any) -> None:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT with random weights and a word tokenizer that marks both ends of a text."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("models") / "tiny-encoder"
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([*GOOD, *BAD, *PLACES] * 3, trainer)
+    words = sorted({word for text in (*GOOD, *BAD, *PLACES) for word in text.split()})
+    vocabulary = {word: number for number, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -130,6 +131,8 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_attention_heads=4,
             max_position_embeddings=64,
             initializer_range=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     ).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
