@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -135,6 +136,8 @@ def _run_one(job: Job, name: str, fingerprint: str, on_stage: OnStage) -> None:
             [str(p) for p in problems],
         ),
     )
+    # Only now: an interrupt before the record is written goes on from the checkpoint.
+    shutil.rmtree(job.run.checkpoints / name, ignore_errors=True)
     if problems:
         raise StageError(problems)
     on_stage(StageEvent(name, "done", seconds, found))

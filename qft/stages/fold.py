@@ -7,7 +7,6 @@ the tuned model's answers. The result is what the file will hold, code for code.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
     lesson = fit(model, job.rows("train"), job.rows("validation"), plan, forward=forward, on_progress=job.on_progress)
     runner = job.task.torch_runner(model, tokenizer)
     rounded = job.measure(f"round-{target.name}", runner, tokenizer)
-    folder = job.run.checkpoints / f"fold-{target.name}"
+    folder = job.run.checkpoints / "fold" / target.name
     mark = f"{fingerprint} {target.name}"
     result = lesson and learn(
         model, lesson, plan, forward=forward, folder=folder, mark=mark, on_progress=job.on_progress
@@ -104,7 +103,6 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
     with folder_aside(job.run.fold(target.name)) as aside:
         save_matrices(aside / MATRICES, {name: layer.matrix() for name, layer in layers.items()})
     quality = job.measure(f"fold-{target.name}", runner, tokenizer) if result and result.best_step else rounded
-    shutil.rmtree(folder, ignore_errors=True)
     finer = {str(grid): [name for name, layer in layers.items() if layer.scheme == grid] for grid in plan.grids.finer}
     clamped = sum(layer.clamped_percent() for layer in layers.values()) / len(layers)
     return TargetFacts(

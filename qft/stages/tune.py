@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,6 @@ def run(job: Job, fingerprint: str) -> Facts:
         model.save_pretrained(str(aside))
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     quality = job.measure("tune", task.torch_runner(model.eval(), tokenizer), tokenizer)
-    shutil.rmtree(job.run.checkpoints / "tune", ignore_errors=True)
     return Facts(
         quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values())
     )

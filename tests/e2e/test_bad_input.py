@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], *, seconds: float = 120
 
 
 def test_two_runs_on_one_folder(recipe_folder: Path, typed: Type) -> None:
-    first = start(recipe_folder, "run", "recipe.yaml", "training.epochs=200")
+    first = start(recipe_folder, "run", "recipe.yaml", "training.epochs=300")
     try:
         wait_for(recipe_folder / "runs/recipe/metrics.jsonl", first)
         assert_refused(typed(recipe_folder, "qft run recipe.yaml"), "another qft is at work", code=1)
@@ -173,7 +174,7 @@ def test_two_runs_on_one_folder(recipe_folder: Path, typed: Type) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_tune_goes_on_where_it_stopped(recipe_folder: Path, typed: Type, stop: signal.Signals) -> None:
-    process = start(recipe_folder, "tune", "recipe.yaml", "training.epochs=20")
+    process = start(recipe_folder, "tune", "recipe.yaml", "training.epochs=30")
     metrics = recipe_folder / "runs/recipe/metrics.jsonl"
     wait_for(metrics, process)
     while metrics.read_text().count("\n") < 3:
@@ -182,10 +183,13 @@ def test_an_interrupted_tune_goes_on_where_it_stopped(recipe_folder: Path, typed
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "the same command goes on from there" in errors
-    done = typed(recipe_folder, "qft tune recipe.yaml training.epochs=20 --json")
+    stopped = re.search(r"stopped at step (\d+)", errors)
+    assert stopped, errors
+    done = typed(recipe_folder, "qft tune recipe.yaml training.epochs=30 --json")
     assert done.returncode == 0, done.stderr
     facts = json.loads((recipe_folder / "runs/recipe/run.json").read_text())["stages"]["tune"]["facts"]
-    assert facts["resumed_from_step"] >= 3
+    assert facts["resumed_from_step"] == int(stopped[1]) >= 3
+    assert not list((recipe_folder / "runs/recipe/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("part", ["data", "merged", "bundles"])
