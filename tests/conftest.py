@@ -58,10 +58,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*GOOD, *BAD, *PLACES, "positive negative user assistant system"] * 3, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
     special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _save_tokenizer(tokenizer, folder, chat_template=TEMPLATE, **special)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -83,6 +81,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=2, bos_token_id=0)
     model.save_pretrained(folder)
     return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, **settings: str) -> None:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _teach_the_form(model: Any, tokenizer: Any) -> None:
@@ -135,10 +139,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             attention_probs_dropout_prob=0.0,
         )
     ).save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    _save_tokenizer(tokenizer, folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     return folder
 
 

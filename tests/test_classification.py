@@ -17,7 +17,7 @@ from qft.bundle.classifier import Labels
 from qft.data.labelled import Labelled, LabelSet, shortened
 from qft.measure.classification import best_temperature, calibration_error, measure_labels, per_label, reject_threshold
 from qft.measure.quality import RowAnswer
-from qft.training.classify import ClassifierForward, TorchClassifier, label_nats
+from qft.training.classify import ClassifierForward, TorchClassifier, label_nats, wanted_labels
 from qft.training.head import Seen, fit_linear
 from qft.training.lora import attach, merge, round_base_to_4bit, trainable
 
@@ -104,9 +104,7 @@ def test_padding_changes_no_answer(tiny_encoder: Path, tiny_model: Path, family:
 def test_the_loss_is_the_weighted_sum_in_double_precision(several: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 3, generator=generator)
-    wanted = torch.zeros(20, 3)
-    for number, row in enumerate(labelled(20, several=several)):
-        wanted[number, list(row.labels)] = 1
+    wanted = wanted_labels(labelled(20, several=several), 3)
     weights = torch.tensor([0.5, 1.0, 3.0])
     p = logits.double().sigmoid() if several else logits.double().softmax(-1)
     each = -(wanted * p.log() * weights + several * (1 - wanted) * (1 - p).log())
@@ -150,6 +148,16 @@ def test_fitting_the_head_teaches_a_frozen_model(tiny_encoder: Path, several: bo
     assert after.loss < 0.8 * before.loss
     assert after.right_percent > before.right_percent
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_a_part_of_many_rows_has_all_their_labels(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows often lie sorted by label: the first of them would teach the head that label alone."""
+    monkeypatch.setattr("qft.training.classify._HEAD_ROWS", 100)
+    model, learn = loaded(tiny_encoder), sorted(labelled(600), key=lambda row: row.labels)
+    forward = ClassifierForward(PAD, (1.0, 1.0, 1.0), False)
+    forward.start(model, learn, labelled(60, seed=1), batch_size=32)
+    said = TorchClassifier(model, PAD).logits([row.input_ids for row in learn], 1)[:, 0].argmax(-1)
+    assert set(said.tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("several", [False, True])

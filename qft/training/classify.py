@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ class ClassifierForward:
     ) -> bool:
         """Fit the head over the labels on what the frozen model says (of at most 20,000 rows)."""
         linear = label_layer(model, len(self.label_weights))
+        some = random.Random(0).sample(rows, min(len(rows), _HEAD_ROWS))  # drawn: rows often lie sorted by label
         # How strongly to hold it back is chosen with the model's own dropout at work, as it will be in training: a head
         # that leans on small differences would begin there with a loss that explodes.
         torch.manual_seed(0)
@@ -80,7 +82,7 @@ class ClassifierForward:
                 self._head_inputs(model.train(dropout), linear, part, batch_size, on_progress),
                 wanted_labels(part, linear.out_features),
             )
-            for part, dropout in ((rows[:_HEAD_ROWS], False), (validation, True))
+            for part, dropout in ((some, False), (validation, True))
         )
         nats = functools.partial(self._nats, weighted=True)
         weight, bias = fit_linear(learn, choose, nats, has_bias=linear.bias is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def type_in(folder: Path, line: str, *, timeout: float = 600, stdin: str = "") -
     )
 
 
+def as_json(done: subprocess.CompletedProcess[str]) -> dict:
+    """What a command that was typed with --json printed."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="session")
 def typed() -> Type:
     """`typed(folder, "qft run recipe.yaml")`."""
@@ -39,8 +46,6 @@ def typed() -> Type:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, reviews: list[dict[str, str]]) -> Path:
     """A folder in which `qft tune recipe.yaml` and `qft export --onnx` were typed, literally."""
-    import json
-
     from tests.conftest import RECIPE
 
     folder = tmp_path_factory.mktemp("job")

@@ -12,15 +12,10 @@ import pytest
 
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle
-from tests.e2e.conftest import Type
+from tests.e2e.conftest import Type, as_json
 
 RUN = "runs/recipe"
 INT4 = f"{RUN}/bundles/cpu-int4"
-
-
-def as_json(done: object) -> dict:
-    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
-    return json.loads(done.stdout)  # type: ignore[attr-defined]
 
 
 def test_two_lines_make_a_bundle(finished: Path) -> None:
