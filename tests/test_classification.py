@@ -16,7 +16,7 @@ from qft.base_model import LabelHead, label_layer, load
 from qft.bundle.classifier import Labels
 from qft.data.labelled import Labelled, LabelSet, shortened
 from qft.measure.classification import best_temperature, calibration_error, measure_labels, per_label, reject_threshold
-from qft.measure.quality import RowAnswer
+from qft.measure.quality import Measuring, RowAnswer
 from qft.training.classify import ClassifierForward, TorchClassifier, label_nats, wanted_labels
 from qft.training.head import Seen, fit_linear
 from qft.training.lora import attach, merge, round_base_to_4bit, trainable
@@ -195,9 +195,7 @@ def test_figures_are_those_worked_out_by_hand() -> None:
     """Answers a a b c c for a b b c a: three of five are right."""
     logits = np.log(np.array([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1], [0.1, 0.8, 0.1], [0.1, 0.2, 0.7], [0.3, 0.1, 0.6]]))
     rows = [Labelled((n,), (label,), "", f"{n}") for n, label in enumerate((0, 1, 1, 2, 0))]
-    quality, answers = measure_labels(
-        Fixed(logits), rows, Labels(("a", "b", "c"), False), metric="macro_f1", batch_size=2
-    )
+    quality, answers = measure_labels(Fixed(logits), rows, Labels(("a", "b", "c"), False), Measuring("macro_f1", 2, 1))
     assert [answer.answer for answer in answers] == ["a", "a", "b", "c", "c"]
     assert quality.accuracy_percent == pytest.approx(60)
     # precision and recall of a: 1/2, 1/2; of b: 1, 1/2; of c: 1/2, 1
@@ -212,7 +210,7 @@ def test_with_several_labels_a_row_is_right_if_all_are() -> None:
     logits = np.array([[2.0, -1.0, 1.0], [-1.0, -2.0, -3.0], [1.0, 1.0, -1.0]])
     rows = [Labelled((n,), labels, "", f"{n}") for n, labels in enumerate(((0, 2), (), (0,)))]
     names = Labels(NAMES, True)
-    quality, answers = measure_labels(Fixed(logits), rows, names, metric="auto", batch_size=8)
+    quality, answers = measure_labels(Fixed(logits), rows, names, Measuring("auto", 8, 1))
     assert [a.answer for a in answers] == ["complaint, question", "", "complaint, praise"]
     assert quality.metric == "macro_f1"
     assert quality.accuracy_percent == pytest.approx(200 / 3)

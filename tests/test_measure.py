@@ -21,7 +21,7 @@ from qft.graph.export_optimum import export_float
 from qft.measure.agreement import Comparison, Record
 from qft.measure.machine import memory_bandwidth, peak_memory
 from qft.measure.parity import compare
-from qft.measure.quality import measure
+from qft.measure.quality import Measuring, measure
 from qft.training.runner import TorchRunner
 
 
@@ -52,7 +52,7 @@ def onnx_runner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> O
 def test_loss_and_answers_are_those_of_transformers(
     torch_runner: TorchRunner, tokenizer: TextTokenizer, held_out: list[Encoded]
 ) -> None:
-    quality, answers = measure(torch_runner, held_out, tokenizer, metric="auto", batch_size=7, extra_tokens=3)
+    quality, answers = measure(torch_runner, held_out, tokenizer, Measuring("auto", 7, 3))
     nats, targets, hits = 0.0, 0, 0
     for row in held_out:
         ids, flags = torch.tensor([row.input_ids]), torch.tensor(row.in_loss)
@@ -78,15 +78,15 @@ def test_agreement_is_the_divergence_from_the_recorded_model(
     tiny_model: Path, torch_runner: TorchRunner, tokenizer: TextTokenizer, held_out: list[Encoded], tmp_path: Path
 ) -> None:
     record = Record()
-    measure(torch_runner, held_out, tokenizer, metric="auto", batch_size=7, extra_tokens=3, witness=record)
+    measure(torch_runner, held_out, tokenizer, Measuring("auto", 7, 3, witness=record))
     record.save(tmp_path / "said.npz")
     itself, other = (Comparison(Record.load(tmp_path / "said.npz")) for _ in range(2))
-    measure(torch_runner, held_out, tokenizer, metric="auto", batch_size=3, extra_tokens=3, witness=itself)
+    measure(torch_runner, held_out, tokenizer, Measuring("auto", 3, 3, witness=itself))
     assert itself.agreement().top1_percent == 100
     assert abs(itself.agreement().kl) < 1e-6  # float32 logits of other batches
     changed = load(tiny_model, base="none", double_quant=False, compute_dtype="float32").eval()
     changed.model.layers[0].mlp.up_proj.weight.data *= 1.5
-    measure(TorchRunner(changed, 2), held_out, tokenizer, metric="auto", batch_size=7, extra_tokens=3, witness=other)
+    measure(TorchRunner(changed, 2), held_out, tokenizer, Measuring("auto", 7, 3, witness=other))
     nats, same, targets = 0.0, 0, 0
     for row in held_out:
         ids, flags = torch.tensor([row.input_ids]), torch.tensor(row.in_loss[1:])

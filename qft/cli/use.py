@@ -19,6 +19,7 @@ from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
 from qft.errors import InputError, StageError
+from qft.measure.quality import Measuring
 from qft.measure.speed import mb
 from qft.progress import silent
 from qft.recipe import Recipe
@@ -89,11 +90,7 @@ def eval_command(rows: Path | None, bundle_name: str | None, runs: Path, as_json
             bundle.runner(),
             held_out,
             bundle.tokenizer,
-            metric=recipe.evaluation.metric,
-            batch_size=recipe.evaluation.batch_size,
-            extra_tokens=recipe.evaluation.extra_tokens,
-            witness=None,
-            on_progress=screen.on_progress,
+            Measuring(**recipe.evaluation.model_dump(), on_progress=screen.on_progress),
         )
     if as_json:
         print_json({"bundle": str(bundle.folder), "quality": asdict(quality), "answers": [asdict(a) for a in answers]})

@@ -11,7 +11,7 @@ import numpy as np
 from qft.bundle.classifier import Labels
 from qft.data.labelled import Labelled
 from qft.measure.agreement import log_softmax
-from qft.measure.quality import Quality, RowAnswer, Witness, batches
+from qft.measure.quality import Measuring, Quality, RowAnswer, batches
 from qft.progress import OnProgress, Progress, silent
 
 _BINS = 15  # of the expected calibration error, as in arXiv 1706.04599
@@ -43,26 +43,22 @@ def measure_labels(
     runner: Classifier,
     rows: Sequence[Labelled],
     labels: Labels,
-    *,
-    metric: str,
-    batch_size: int,
-    witness: Witness | None = None,
-    on_progress: OnProgress = silent,
+    how: Measuring,
 ) -> tuple[Quality, list[RowAnswer]]:
-    """Measure every row. metric: accuracy (with several labels: the set exactly right), macro_f1 or auto."""
-    logits = all_logits(runner, rows, batch_size=batch_size, on_progress=on_progress)
+    """Measure every row, by accuracy (with several labels: the set exactly right) or macro_f1."""
+    logits = all_logits(runner, rows, batch_size=how.batch_size, on_progress=how.on_progress)
     answers = []
     for number, (row, values) in enumerate(zip(rows, logits, strict=True)):
-        if witness is not None:
+        if how.witness is not None:
             # With several labels each is a choice of its own, between it and nothing.
-            witness.look(number, np.stack([np.zeros_like(values), values], -1) if labels.several else values[None])
+            how.witness.look(number, np.stack([np.zeros_like(values), values], -1) if labels.several else values[None])
         answer, probability = labels.decide(values)
         expected, nats = labels.named(row), _nats(values, row, several=labels.several)
         answers.append(RowAnswer(row.where, expected, answer, answer == expected, True, nats, probability))
     accuracy = 100 * float(np.mean([a.right for a in answers]))
     scores = per_label(answers, labels)
     f1 = float(np.mean([score.f1_percent for score in scores])) if scores else 0.0
-    headline = ("macro_f1" if labels.several else "accuracy") if metric == "auto" else metric
+    headline = ("macro_f1" if labels.several else "accuracy") if how.metric == "auto" else how.metric
     return Quality(
         headline,
         f1 if headline == "macro_f1" else accuracy,

@@ -75,6 +75,20 @@ class Quality:
     agreement: Agreement | None = None
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """How rows are measured. metric: a task's metric, or auto for its usual one. batch_size: rows of one forward pass.
+
+    extra_tokens: that a generated answer may be longer than the longest expected one. witness: sees all logits.
+    """
+
+    metric: str
+    batch_size: int
+    extra_tokens: int
+    witness: Witness | None = None
+    on_progress: OnProgress = silent
+
+
 def higher_is_better(metric: str) -> bool:
     """The good direction of a headline metric."""
     return metric != "perplexity"
@@ -84,14 +98,9 @@ def measure(
     runner: Runner,
     rows: Sequence[Encoded],
     tokenizer: TextTokenizer,
-    *,
-    metric: str,
-    batch_size: int,
-    extra_tokens: int,
-    witness: Witness | None = None,
-    on_progress: OnProgress = silent,
+    how: Measuring,
 ) -> tuple[Quality, list[RowAnswer]]:
-    """Measure every row. metric: accuracy, perplexity or auto (accuracy if rows have labels). witness: sees all logits.
+    """Measure every row, by accuracy or perplexity (auto: accuracy if rows have labels).
 
     One teacher-forced pass gives each row's loss and tells whether greedy generation would give the expected answer
     token for token; only rows where it would not are generated, to see what is answered instead.
@@ -100,17 +109,17 @@ def measure(
     first = _first_tokens(rows, labels)
     forced: list[_Forced] = [_Forced(0.0, 0, False, None)] * len(rows)
     done = 0
-    for batch in batches([len(r.input_ids) for r in rows], batch_size):
+    for batch in batches([len(r.input_ids) for r in rows], how.batch_size):
         for index, (result, logits) in zip(
             batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True
         ):
             forced[index] = result
-            if witness is not None:
-                witness.look(index, logits)
+            if how.witness is not None:
+                how.witness.look(index, logits)
         done += len(batch)
-        on_progress(Progress("measure", done, len(rows), "rows"))
-    answers = _answers(runner, rows, forced, tokenizer, batch_size, extra_tokens, on_progress) if labels else []
-    return _summary(metric, rows, forced, answers, labels), answers
+        how.on_progress(Progress("measure", done, len(rows), "rows"))
+    answers = _answers(runner, rows, forced, tokenizer, how) if labels else []
+    return _summary(how.metric, rows, forced, answers, labels), answers
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -165,21 +174,19 @@ def _answers(
     rows: Sequence[Encoded],
     forced: Sequence[_Forced],
     tokenizer: TextTokenizer,
-    batch_size: int,
-    extra_tokens: int,
-    on_progress: OnProgress,
+    how: Measuring,
 ) -> list[RowAnswer]:
     longest = max(len(r.answer) for r in rows)
     open_rows = [i for i, f in enumerate(forced) if not f.whole_answer]
     texts: dict[int, tuple[str, bool]] = {}
-    for batch in batches([len(rows[i].prompt) for i in open_rows], batch_size):
+    for batch in batches([len(rows[i].prompt) for i in open_rows], how.batch_size):
         chosen = [open_rows[b] for b in batch]
         out = runner.generate(
-            [rows[i].prompt for i in chosen], max_new_tokens=longest + extra_tokens, stop_ids=tokenizer.stop_ids
+            [rows[i].prompt for i in chosen], max_new_tokens=longest + how.extra_tokens, stop_ids=tokenizer.stop_ids
         )
         for index, ids in zip(chosen, out, strict=True):
             texts[index] = (tokenizer.decode(ids), ids[-1] in tokenizer.stop_ids)
-        on_progress(Progress("generate", len(texts), len(open_rows), "answers"))
+        how.on_progress(Progress("generate", len(texts), len(open_rows), "answers"))
     answers = []
     for index, (row, result) in enumerate(zip(rows, forced, strict=True)):
         expected = row.label or ""

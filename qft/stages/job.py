@@ -15,7 +15,7 @@ from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError, StageError
 from qft.files import write_text
 from qft.measure.agreement import Comparison, Record
-from qft.measure.quality import Quality, RowAnswer
+from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 from qft.recipe import Recipe
 from qft.runfolder import RunFolder
@@ -89,11 +89,7 @@ class Job:
             runner,
             self.rows("eval"),
             tokenizer,
-            metric=keys.metric,
-            batch_size=keys.batch_size,
-            extra_tokens=keys.extra_tokens,
-            witness=witness,
-            on_progress=self.on_progress,
+            Measuring(**keys.model_dump(), witness=witness, on_progress=self.on_progress),
         )
         self._keep_answers(stage, answers)
         if isinstance(witness, Record):

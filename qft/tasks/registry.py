@@ -15,7 +15,7 @@ from qft.data.examples import Example
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
-from qft.measure.quality import Quality, RowAnswer, Witness
+from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -71,16 +71,7 @@ class Task(Protocol):
         """The model as something that can be measured."""
 
     def measure(
-        self,
-        runner: Any,
-        rows: Sequence[Any],
-        tokenizer: TextTokenizer,
-        *,
-        metric: str,
-        batch_size: int,
-        extra_tokens: int,
-        witness: Witness | None,
-        on_progress: OnProgress,
+        self, runner: Any, rows: Sequence[Any], tokenizer: TextTokenizer, how: Measuring
     ) -> tuple[Quality, list[RowAnswer]]:
         """Quality on held-out rows, and every answer where rows have one."""
 

@@ -16,7 +16,7 @@ from qft.data.examples import Example
 from qft.data.labelled import Labelled, LabelSet, label_all
 from qft.data.tokenizer import TextTokenizer
 from qft.measure.classification import measure_labels
-from qft.measure.quality import Quality, RowAnswer, Witness
+from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -83,21 +83,10 @@ class TextClassification:
         return TorchClassifier(model, tokenizer.pad_id)
 
     def measure(
-        self,
-        runner: Any,
-        rows: Sequence[Labelled],
-        tokenizer: TextTokenizer,
-        *,
-        metric: str,
-        batch_size: int,
-        extra_tokens: int,
-        witness: Witness | None,
-        on_progress: OnProgress,
+        self, runner: Any, rows: Sequence[Labelled], tokenizer: TextTokenizer, how: Measuring
     ) -> tuple[Quality, list[RowAnswer]]:
         """Accuracy, macro-F1, calibration."""
-        return measure_labels(
-            runner, rows, self.labels, metric=metric, batch_size=batch_size, witness=witness, on_progress=on_progress
-        )
+        return measure_labels(runner, rows, self.labels, how)
 
     def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
         """For transformers.js and optimum; onnxruntime-genai runs no classifiers."""

@@ -15,7 +15,7 @@ from qft.data.examples import Example
 from qft.data.inspect import check_loss_mask, marked
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
-from qft.measure.quality import Quality, RowAnswer, Witness, measure
+from qft.measure.quality import Measuring, Quality, RowAnswer, measure
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -81,28 +81,10 @@ class TextGeneration:
         return TorchRunner(model, tokenizer.pad_id)
 
     def measure(
-        self,
-        runner: Any,
-        rows: Sequence[Encoded],
-        tokenizer: TextTokenizer,
-        *,
-        metric: str,
-        batch_size: int,
-        extra_tokens: int,
-        witness: Witness | None,
-        on_progress: OnProgress,
+        self, runner: Any, rows: Sequence[Encoded], tokenizer: TextTokenizer, how: Measuring
     ) -> tuple[Quality, list[RowAnswer]]:
         """Exact answers where rows have labels, perplexity."""
-        return measure(
-            runner,
-            rows,
-            tokenizer,
-            metric=metric,
-            batch_size=batch_size,
-            extra_tokens=extra_tokens,
-            witness=witness,
-            on_progress=on_progress,
-        )
+        return measure(runner, rows, tokenizer, how)
 
     def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
         """For transformers.js, optimum and onnxruntime-genai."""
