@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.base_ctranslate2 import convert_whisper, is_ctranslate2
 from qft.errors import InputError
 from qft.files import exclusive, folder_aside, write_json
 from qft.libraries import quiet_transformers
@@ -31,13 +32,16 @@ class LabelHead:
 
 
 def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = silent) -> Path:
-    """A folder with config.json, safetensors and tokenizer.json. A .gguf is converted once, to bfloat16, and cached.
+    """A folder with config.json, safetensors and tokenizer.json.
+
+    A .gguf is converted once, to bfloat16, and cached; so is a folder of CTranslate2's, to float32.
 
     Raises InputError if it is no model.
     """
-    if source.path.is_dir():
+    foreign = source.path.is_dir() and is_ctranslate2(source.path)
+    if source.path.is_dir() and not foreign:
         return _checked(source.path)
-    if source.path.suffix.lower() != ".gguf":
+    if not foreign and source.path.suffix.lower() != ".gguf":
         raise InputError(
             f"{source.path} is not a model", hint="a model is a folder with config.json, a .gguf file or a hub id"
         )
@@ -45,7 +49,8 @@ def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = s
     with exclusive(target.with_suffix(".lock"), wait=True):
         if not (target / "config.json").exists():
             on_progress(Progress(f"convert {source.path.name}", 0, None))
-            _convert_gguf(source.path, target)
+            with folder_aside(target) as folder:
+                (convert_whisper if foreign else _convert_gguf)(source.path, folder)
     return _checked(target)
 
 
@@ -82,7 +87,7 @@ def check_writes(folder: Path) -> None:
         )
 
 
-def _convert_gguf(path: Path, target: Path) -> None:
+def _convert_gguf(path: Path, folder: Path) -> None:
     quiet_transformers()
     import torch
     from gguf import GGUFReader
@@ -102,13 +107,12 @@ def _convert_gguf(path: Path, target: Path) -> None:
         raise InputError(
             f"transformers cannot read {path.name}: {error}", hint="give the model as a Hugging Face folder"
         ) from None
-    with folder_aside(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # transformers copies the .gguf in as `tokenizer.model`, and takes the wrong token for the end of a turn.
-        (folder / "tokenizer.model").unlink(missing_ok=True)
-        if (end := fields.get("tokenizer.ggml.eos_token_id")) is not None:
-            _set_end(folder, int(end.contents()))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # transformers copies the .gguf in as `tokenizer.model`, and takes the wrong token for the end of a turn.
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    if (end := fields.get("tokenizer.ggml.eos_token_id")) is not None:
+        _set_end(folder, int(end.contents()))
 
 
 def _set_end(folder: Path, eos_id: int) -> None:

@@ -34,6 +34,7 @@ LEVELS = [
         "recipe_loader",
         "sources",
         "sources_pypi",
+        "base_ctranslate2",
         "base_model",
         "targets",
     ],

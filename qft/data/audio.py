@@ -1,0 +1,155 @@
+"""Sound files → 16 kHz mono samples → the log-mel features that Whisper's encoder reads: the same in training and in a bundle."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qft.errors import InputError
+
+RATE = 16000  # samples a second, whatever a file has
+WINDOW = 30 * RATE  # samples that Whisper's encoder reads at a time
+_FRAME, _HOP = 400, 160  # samples of a spectrum, and from one to the next
+_CUT_SECONDS = 5  # a long recording is cut in the last seconds of a window
+_QUIET = RATE // 10  # samples over which loudness is measured
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sound file, or the part of it from sample `begin` to `end` at 16 kHz. member: of the .tar that `path` then is."""
+
+    path: str
+    member: str | None = None
+    begin: int = 0
+    end: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.member or Path(self.path).name
+
+
+def find_clip(root: Path, name: str, where: str) -> Clip:
+    """The file `name` in a folder or a .tar. Raises InputError if it is not there."""
+    if root.is_dir():
+        path = root / name
+        if not path.is_file():
+            raise InputError(
+                f"no sound file {path}", where=where, hint="paths start from data.audio_folder, or from the rows' file"
+            )
+        return Clip(str(path))
+    if name not in _members(str(root)):
+        raise InputError(
+            f"{root.name} has no file {name!r}",
+            where=where,
+            hint=f"it holds {', '.join([*_members(str(root))][:3])} …",
+        )
+    return Clip(str(root), name)
+
+
+def samples(clip: Clip) -> np.ndarray:
+    """float32 (samples,), mono, 16 kHz, within [-1, 1]. Raises InputError for a file that is no sound."""
+    return _whole(clip.path, clip.member)[clip.begin : clip.end]
+
+
+def resample(audio: np.ndarray, rate: int) -> np.ndarray:
+    """float32 audio of `rate` samples a second at 16 kHz, through a polyphase low-pass filter."""
+    if rate == RATE:
+        return audio
+    from scipy.signal import resample_poly
+
+    common = math.gcd(rate, RATE)
+    return resample_poly(audio, RATE // common, rate // common).astype(np.float32)
+
+
+def cut(clip: Clip) -> Iterator[Clip]:
+    """A recording in parts of at most 30 s, each cut at the quietest place of its last 5 s."""
+    audio = samples(clip)
+    begin = 0
+    while len(audio) - begin > WINDOW:
+        tail = audio[begin + WINDOW - _CUT_SECONDS * RATE : begin + WINDOW]
+        energy = np.convolve(tail.astype(np.float64) ** 2, np.ones(_QUIET), "valid")
+        end = begin + WINDOW - len(tail) + int(energy.argmin()) + _QUIET // 2
+        yield Clip(clip.path, clip.member, clip.begin + begin, clip.begin + end)
+        begin = end
+    yield Clip(clip.path, clip.member, clip.begin + begin, clip.begin + len(audio))
+
+
+def log_mel(audio: np.ndarray, bins: int) -> np.ndarray:
+    """Whisper's features, float32 (bins, 3000): of float32 audio at 16 kHz, filled up with silence to 30 s.
+
+    Log10 of the energy in `bins` mel bands every 10 ms, the least 8 below the greatest, shifted and scaled to about [-1, 1]
+    (arXiv 2212.04356, section 2.2). Raises ValueError if the audio is longer.
+    """
+    if len(audio) > WINDOW:
+        raise ValueError(f"{len(audio)} samples are more than a window's {WINDOW}")
+    half = _FRAME // 2
+    padded = np.zeros(WINDOW + 2 * half)
+    padded[half : half + len(audio)] = audio
+    padded[:half] = padded[2 * half : half : -1]  # mirrored at both ends
+    padded[-half:] = padded[-half - 2 : -2 * half - 2 : -1]
+    frames = WINDOW // _HOP
+    heard = min(frames, (len(audio) + half) // _HOP + 1)  # the others are silence
+    starts = np.lib.stride_tricks.sliding_window_view(padded, _FRAME)[: heard * _HOP : _HOP]
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FRAME) / _FRAME)
+    power = np.abs(np.fft.rfft(starts * hann, axis=-1)) ** 2
+    log = np.full((bins, frames), -10.0)
+    log[:, : len(power)] = np.log10(np.maximum(mel_filters(bins) @ power.T, 1e-10))
+    return ((np.maximum(log, log.max() - 8) + 4) / 4).astype(np.float32)
+
+
+@functools.cache
+def mel_filters(bins: int) -> np.ndarray:
+    """float64 (bins, 201): triangles of equal area, evenly spaced on Slaney's mel scale from 0 to 8,000 Hz."""
+    step, bend, ratio = 200 / 3, 1000.0, math.log(6.4) / 27  # linear below 1,000 Hz, logarithmic above
+    highest = bend / step + math.log(RATE / 2 / bend) / ratio
+    mels = np.linspace(0, highest, bins + 2)
+    edges = np.where(mels < bend / step, step * mels, bend * np.exp(ratio * (mels - bend / step)))
+    places = np.linspace(0, RATE / 2, _FRAME // 2 + 1)
+    rising = (places - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - places) / np.diff(edges)[1:, None]
+    area = 2 / (edges[2:] - edges[:-2])
+    return np.maximum(0, np.minimum(rising, falling)) * area[:, None]
+
+
+@functools.lru_cache(maxsize=4)  # the parts of a long recording are read one after another
+def _whole(path: str, member: str | None) -> np.ndarray:
+    import soundfile
+
+    try:
+        audio, rate = soundfile.read(_bytes(path, member), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise InputError(
+            f"cannot read {member or path} as sound: {error}", hint="wav, flac, ogg and mp3 are read"
+        ) from None
+    return resample(audio.mean(1), rate)
+
+
+def _bytes(path: str, member: str | None) -> io.BytesIO:
+    with Path(path).open("rb") as stream:
+        if member is None:
+            return io.BytesIO(stream.read())
+        begin, size = _members(path)[member]
+        stream.seek(begin)
+        return io.BytesIO(stream.read(size))
+
+
+@functools.lru_cache(maxsize=16)
+def _members(path: str) -> dict[str, tuple[int, int]]:
+    """Name → where its bytes begin in a .tar, and how many there are."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isfile()}
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(
+            f"{path} is neither a folder nor a .tar: {error}",
+            where="data.audio_folder",
+            hint="unpack a compressed archive; a plain .tar is read where it lies",
+        ) from None
