@@ -22,7 +22,8 @@ from qft.files import write_json, write_text
 _FLOATS: dict[int, np.dtype] = {0: np.dtype("<f4"), 4: np.dtype("<f2")}
 _OTHERS: dict[int, np.dtype] = {1: np.dtype("i1"), 2: np.dtype("<i2"), 3: np.dtype("<i4")}
 _SETTINGS = frozenset(
-    "activation alibi alignment_heads alignment_layer num_heads pre_norm scale_embeddings start_from_zero_embedding".split()
+    ("activation", "alibi", "alignment_heads", "alignment_layer", "num_heads", "pre_norm", "scale_embeddings")
+    + ("start_from_zero_embedding",)
 )
 _PROJECTIONS = {
     "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
