@@ -236,11 +236,12 @@ def _evened(place: Place, kind: str) -> Path:
     from qft.base_model import load
     from qft.bundle.assets import copy_tokenizer
     from qft.quant.smooth import even_out
+    from qft.training.causal import CausalForward
 
     merged, folder = place.folder / f"merged-{kind}", place.folder / f"evened-{kind}"
     if not folder.exists():
         model = load(merged, base="none", double_quant=False, compute_dtype="auto", longest=place.setting.length)
-        even_out(model, [row.input_ids for row in place.rows["train"]])
+        even_out(model, place.rows["train"], CausalForward(place.tokenizer.pad_id).feed)
         with folder_aside(folder) as aside:
             model.to(torch.bfloat16).save_pretrained(aside)
             copy_tokenizer(merged, aside)
@@ -254,7 +255,7 @@ def _export(source: Path) -> Path:
     folder = source.with_name(f"float-{source.name}")
     if not folder.exists():
         with folder_aside(folder) as aside:
-            export_float(source, aside / "model.onnx", export_task="text-generation-with-past")
+            export_float(source, aside, graphs=["model"], export_task="text-generation-with-past")
     return folder / "model.onnx"
 
 
@@ -268,12 +269,13 @@ def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, so
     from qft.graph.matmulnbits import GraphPlan, quantize_graph
 
     target, bundle = find_target(TARGET), place.folder / name
-    path = bundle / target.model
+    model = target.files(["model"])["model"]
+    path = bundle / model
     path.parent.mkdir(parents=True, exist_ok=True)
     quantize_graph(source, path, GraphPlan(grids, target.accuracy_level), matrices)
     copy_tokenizer(place.base, bundle)
     (bundle / "config.json").write_text((place.base / "config.json").read_text())
-    update(bundle, model=target.model)
+    update(bundle, task="text-generation", model=model)
     nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
     speed = measure_in_fresh_process(
         bundle, {"prompt_tokens": 64, "new_tokens": 32}, trials=3, threads=0, provider="cpu"

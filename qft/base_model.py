@@ -87,6 +87,23 @@ def check_writes(folder: Path) -> None:
         )
 
 
+def check_transcribes(folder: Path) -> None:
+    """Raises InputError if the checkpoint is no Whisper."""
+    if _config(folder).get("model_type") != "whisper":
+        raise InputError(
+            f"{folder.name} is no Whisper",
+            where="model",
+            hint="task automatic-speech-recognition needs a WhisperForConditionalGeneration model",
+        )
+    path = folder / "generation_config.json"
+    if path.exists() and json.loads(path.read_text("utf-8")).get("is_multilingual"):
+        raise InputError(
+            f"{folder.name} is a multilingual Whisper, which is not served yet",
+            where="model",
+            hint="give an English one, such as openai/whisper-tiny.en",
+        )
+
+
 def _convert_gguf(path: Path, folder: Path) -> None:
     quiet_transformers()
     import torch
@@ -151,22 +168,23 @@ def load(
     longest: int | None = None,
     device: str = "cpu",
     head: LabelHead | None = None,
+    auto: str = "AutoModelForCausalLM",
 ) -> Any:
-    """A model for training or measuring: a causal LM, or with a head of labels a classifier.
+    """A model for training or measuring: with a head of labels a classifier, otherwise what transformers' class `auto` opens.
 
     base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
     compute_dtype: a torch type's name, or auto (see `compute_type`).
     longest: tokens of the longest row it will be fed, None if that is not known.
     """
     quiet_transformers()
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    import transformers
 
     dtype = compute_type(compute_dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     if device == "cpu" and longest is not None and longest <= _PLAIN_ATTENTION_TOKENS:
         options["attn_implementation"] = "eager"
     if base != "none" and not is_quantized(folder):
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=base,
             bnb_4bit_use_double_quant=double_quant,
@@ -175,7 +193,7 @@ def load(
         )
     model: Any
     if head is None:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = getattr(transformers, auto).from_pretrained(folder, **options)
         _make_head_input_contiguous(model)
     else:
         model = _load_classifier(folder, head, options)
@@ -214,6 +232,17 @@ def _load_classifier(folder: Path, head: LabelHead, options: dict[str, Any]) -> 
     linear.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
     model.config.pad_token_id = head.pad_id
     return model
+
+
+def shorten_encoder(model: Any, positions: int) -> None:
+    """Let a Whisper's encoder read only its first positions, 50 a second."""
+    import torch
+
+    table = model.get_encoder().embed_positions
+    if positions < len(table.weight):
+        table.weight = torch.nn.Parameter(table.weight[:positions].clone(), requires_grad=False)
+        table.num_embeddings = model.config.max_source_positions = positions
+        model.get_encoder().max_source_positions = positions
 
 
 def label_layer(model: Any, labels: int) -> Any:

@@ -29,17 +29,21 @@ class DataKeys(_Section):
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels"] = Field(
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "speech"] = Field(
         "auto", description="how a row becomes an example; auto looks at the columns"
     )
     columns: list[str] | None = Field(
         None, description="names of the columns of a delimited file without a header line"
     )
-    text_column: str = Field("text", description="column that holds the text (formats text and labels)")
+    text_column: str = Field("text", description="column that holds the text (formats text, labels and speech)")
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
     label_separator: str | None = Field(
         None,
         description="rows have any number of labels, with this between them; a column of lists needs no separator",
+    )
+    audio_column: str = Field("audio", description="column of sound files' paths (format speech)")
+    audio_folder: str | None = Field(
+        None, description="folder, .tar or pypi:… source that these paths start from; by default where the rows lie"
     )
     group_column: str | None = Field(
         None, description="rows with one value here are never on both sides of a split: a speaker, a document"
@@ -133,13 +137,23 @@ class ClassificationKeys(_Section):
     )
 
 
+class SpeechKeys(_Section):
+    """What task automatic-speech-recognition hears."""
+
+    window_seconds: Annotated[int, Field(ge=1, le=30)] = Field(
+        30,
+        description="that the encoder reads at a time; clips that are all shorter than Whisper's 30 need not be filled up to "
+        "them, which is as much faster, but the untuned model is less used to it",
+    )
+
+
 class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "macro_f1", "perplexity"] = Field(
+    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "wer", "cer"] = Field(
         "auto",
-        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, "
-        "otherwise perplexity",
+        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, wer where "
+        "they are speech, otherwise perplexity",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -206,6 +220,7 @@ class Recipe(_Section):
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
+    speech: SpeechKeys = Field(SpeechKeys(), description="speech")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]

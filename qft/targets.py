@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -38,10 +39,9 @@ class Target(BaseModel):
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")
 
-    @property
-    def model(self) -> str:
-        """The ONNX file inside the bundle."""
-        return f"onnx/model_{self.suffix}.onnx"
+    def files(self, graphs: Iterable[str]) -> dict[str, str]:
+        """Graph → its ONNX file inside the bundle."""
+        return {graph: f"onnx/{graph}_{self.suffix}.onnx" for graph in graphs}
 
 
 def find_target(name: str) -> Target:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from qft.data.audio import RATE, WINDOW, Clip, cut, find_clip, log_mel, resample, samples
+from qft.data.audio import RATE, SECONDS, Clip, cut, find_clip, log_mel, resample, samples
 from qft.errors import InputError
+
+WINDOW = SECONDS * RATE
 
 
 def sine(hertz: float, seconds: float, rate: int = RATE) -> np.ndarray:
@@ -27,6 +29,14 @@ def test_features_are_those_of_transformers(length: int, bins: int) -> None:
     theirs = WhisperFeatureExtractor(feature_size=bins)(audio, sampling_rate=RATE, return_tensors="np")
     ours = log_mel(audio.astype(np.float32), bins)
     np.testing.assert_allclose(ours, theirs["input_features"][0], atol=1e-4)  # theirs is computed in float32
+
+
+def test_a_shorter_window_is_that_of_transformers() -> None:
+    from transformers import WhisperFeatureExtractor
+
+    audio = np.random.default_rng(0).normal(0, 0.1, 40000).astype(np.float32)
+    theirs = WhisperFeatureExtractor(chunk_length=3)(audio, sampling_rate=RATE, return_tensors="np")
+    np.testing.assert_allclose(log_mel(audio, 80, 3), theirs["input_features"][0], atol=1e-4)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])

@@ -45,7 +45,7 @@ def torch_runner(tiny_model: Path) -> TorchRunner:
 @pytest.fixture(scope="module")
 def onnx_runner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_float(tiny_model, path, export_task="text-generation-with-past")
+    export_float(tiny_model, path.parent, graphs=["model"], export_task="text-generation-with-past")
     return OnnxRunner(path, pad_id=2)
 
 
@@ -127,8 +127,8 @@ def test_golden_cases_agree_with_their_own_runtime_and_not_with_another_model(
     onnx_runner: OnnxRunner, torch_runner: TorchRunner, held_out: list[Encoded], tokenizer: TextTokenizer
 ) -> None:
     cases = make_cases(onnx_runner, [r.prompt for r in held_out[:4]], tokenizer.decode, max_new_tokens=6, stop_ids=(2,))
-    assert check_cases(onnx_runner, cases, stop_ids=(2,)).agrees
-    assert check_cases(torch_runner, cases, stop_ids=(2,)).agrees
+    assert check_cases(onnx_runner, cases, folder=Path(), stop_ids=(2,)).agrees
+    assert check_cases(torch_runner, cases, folder=Path(), stop_ids=(2,)).agrees
 
     class Shuffled:
         def logits(self, rows: list, keep: int) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_golden_cases_agree_with_their_own_runtime_and_not_with_another_model(
         def generate(self, prompts: list, *, max_new_tokens: int, stop_ids: tuple) -> list:
             return [[5] * max_new_tokens for _ in prompts]
 
-    assert not check_cases(Shuffled(), cases, stop_ids=(2,)).agrees
+    assert not check_cases(Shuffled(), cases, folder=Path(), stop_ids=(2,)).agrees
 
 
 def test_a_provider_that_is_absent_is_an_error_not_the_cpu(tmp_path: Path) -> None:

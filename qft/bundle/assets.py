@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qft.files import write_json, write_text
 
-# Not `tokenizer.model`: transformers 4.57 puts the whole .gguf there (98 MB) where a model came as one.
+# What text or sound goes through before it is fed. Not `tokenizer.model`: transformers 4.57 puts the whole .gguf there (98 MB)
+# where a model came as one.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -20,6 +21,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "preprocessor_config.json",
 )
 
 
@@ -34,7 +36,7 @@ class Decoder:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Tokenizer and chat template; a template that lies in tokenizer_config.json also becomes chat_template.jinja."""
+    """Tokenizer, chat template, settings of features; a template in tokenizer_config.json also becomes chat_template.jinja."""
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
@@ -45,11 +47,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         write_text(target / "chat_template.jinja", template)
 
 
-def write_config(merged: Path, bundle: Path, model: str) -> dict[str, Any]:
-    """config.json, for transformers.js and optimum, and what it holds. model: inside the bundle."""
+def write_config(merged: Path, bundle: Path, models: Mapping[str, str]) -> dict[str, Any]:
+    """config.json, for transformers.js and optimum, and what it holds. models: graph → its file inside the bundle."""
     config = json.loads((merged / "config.json").read_text("utf-8"))
     config.pop("_name_or_path", None)
-    suffix = Path(model).stem.partition("_")[2]
+    graph, file = next(iter(models.items()))
+    suffix = Path(file).stem.removeprefix(graph).lstrip("_")
     data_type = {"": "fp32", "quantized": "int8"}.get(suffix, suffix)
     config["transformers.js_config"] = {"dtype": data_type, "use_external_data_format": True}
     write_json(bundle / "config.json", config)
@@ -58,12 +61,30 @@ def write_config(merged: Path, bundle: Path, model: str) -> dict[str, Any]:
 
 def write_decoder_configs(merged: Path, bundle: Path, decoder: Decoder) -> None:
     """config.json, generation_config.json, genai_config.json (onnxruntime-genai)."""
-    config = write_config(merged, bundle, decoder.model)
-    path = merged / "generation_config.json"
-    generation = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    config = write_config(merged, bundle, {"model": decoder.model})
+    generation = read_generation(merged)
     generation |= {"eos_token_id": list(decoder.stop_ids), "pad_token_id": decoder.pad_id}
     write_json(bundle / "generation_config.json", generation)
     write_json(bundle / "genai_config.json", genai_config(config, decoder))
+
+
+def write_seq2seq_configs(merged: Path, bundle: Path, models: Mapping[str, str]) -> None:
+    """config.json and generation_config.json; onnxruntime-genai is not served."""
+    write_config(merged, bundle, models)
+    write_json(bundle / "generation_config.json", read_generation(merged))
+
+
+def write_window(bundle: Path, seconds: int) -> None:
+    """Into preprocessor_config.json: sound is filled up to this long, 16,000 samples and 100 features a second."""
+    path = bundle / "preprocessor_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    write_json(path, settings | {"chunk_length": seconds, "n_samples": 16000 * seconds, "nb_max_frames": 100 * seconds})
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """A model's or a bundle's generation_config.json; empty if there is none."""
+    path = folder / "generation_config.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:

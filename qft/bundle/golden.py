@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from qft.data.audio import Clip
+from qft.data.sequences import Given
+from qft.files import inside
 
 TOP = 5
 CLEAR_MARGIN = 0.5  # where the first choice leads by more than this, every runtime must make it
@@ -26,7 +31,10 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """prompt and answer: token ids; top_ids, top_logits: (answer positions, 5), the teacher-forced best logits."""
+    """prompt and answer: token ids; top_ids, top_logits: (answer positions, 5), the teacher-forced best logits.
+
+    clip: the sound file inside the bundle that the answer is to, where there is one.
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -34,6 +42,12 @@ class GoldenCase:
     top_ids: list[list[int]]
     top_logits: list[list[float]]
     free_running: bool
+    clip: str | None = None
+
+    def fed(self, folder: Path) -> Any:
+        """The prompt as a runner is given it. folder: the bundle's."""
+        ids = tuple(self.prompt)
+        return ids if self.clip is None else Given(Clip(str(inside(folder, self.clip))), ids)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Agreement:
 
 
 def make_cases(
-    runner: Runner, prompts: Sequence[Sequence[int]], decode: Any, *, max_new_tokens: int, stop_ids: Sequence[int]
+    runner: Runner, prompts: Sequence[Any], decode: Any, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[GoldenCase]:
     """Run each prompt alone, as an app would."""
     cases = []
@@ -65,24 +79,29 @@ def make_cases(
         margin = float((best[:, 0] - best[:, 1]).min())
         cases.append(
             GoldenCase(
-                list(prompt), answer, decode(answer), order.tolist(), np.round(best, 4).tolist(), margin >= FREE_MARGIN
+                list(prompt.ids if isinstance(prompt, Given) else prompt),
+                answer,
+                decode(answer),
+                order.tolist(),
+                np.round(best, 4).tolist(),
+                margin >= FREE_MARGIN,
             )
         )
     return cases
 
 
-def check_cases(runner: Runner, cases: Sequence[GoldenCase], *, stop_ids: Sequence[int]) -> Agreement:
-    """Hold a runtime against the cases."""
+def check_cases(runner: Runner, cases: Sequence[GoldenCase], *, folder: Path, stop_ids: Sequence[int]) -> Agreement:
+    """Hold a runtime against the cases of the bundle in `folder`."""
     same = clear = positions = free = wrong = 0
     for case in cases:
-        chosen = _answer_logits(runner, case.prompt, case.answer).argmax(-1)
+        chosen = _answer_logits(runner, case.fed(folder), case.answer).argmax(-1)
         for token, ids, logits in zip(chosen, case.top_ids, case.top_logits, strict=True):
             positions += 1
             same += int(token == ids[0])
             clear += int(token != ids[0] and logits[0] - logits[1] > CLEAR_MARGIN)
         if case.free_running:
             free += 1
-            out = runner.generate([case.prompt], max_new_tokens=len(case.answer), stop_ids=stop_ids)[0]
+            out = runner.generate([case.fed(folder)], max_new_tokens=len(case.answer), stop_ids=stop_ids)[0]
             wrong += int(list(out) != list(case.answer))
     return Agreement(positions, same / max(1, positions), clear, free, wrong)
 
@@ -94,9 +113,9 @@ def from_manifest(manifest: dict[str, Any]) -> list[GoldenCase]:
 
 def as_json(cases: Sequence[GoldenCase]) -> list[dict[str, Any]]:
     """For qft.json."""
-    return [asdict(case) for case in cases]
+    return [{name: value for name, value in asdict(case).items() if value is not None} for case in cases]
 
 
-def _answer_logits(runner: Runner, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+def _answer_logits(runner: Runner, prompt: Any, answer: Sequence[int]) -> np.ndarray:
     """float32 (answer positions, vocabulary): the logits that choose each answer token, the earlier ones given."""
-    return runner.logits([[*prompt, *answer[:-1]]], len(answer))[0]
+    return runner.logits([prompt + tuple(answer[:-1])], len(answer))[0]

@@ -8,9 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qft.bundle.assets import read_generation
 from qft.bundle.classifier import Labels, OnnxClassifier
+from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, speech_prompt
 from qft.bundle.session import OnnxRunner
+from qft.data.audio import cut, find_clip
 from qft.data.labelled import shortened
+from qft.data.sequences import Given
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError, Problem
 from qft.files import inside, sha256_file, write_json
@@ -87,9 +91,10 @@ class Bundle:
             raise InputError(f"{path} is damaged: {error}") from None
 
     @property
-    def model_path(self) -> Path:
-        """The ONNX file."""
-        return inside(self.folder, self.manifest["model"])
+    def models(self) -> dict[str, Path]:
+        """Graph → its ONNX file: one `model`, or an encoder and a decoder."""
+        named = self.manifest.get("models") or {"model": self.manifest["model"]}
+        return {graph: inside(self.folder, name) for graph, name in named.items()}
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -111,10 +116,38 @@ class Bundle:
         """What a classifier chooses from."""
         return Labels(tuple(self.manifest["labels"]), self.manifest["several_labels"])
 
+    @property
+    def transcribes(self) -> bool:
+        """Whether it is given sound files."""
+        return self.manifest["task"] == "automatic-speech-recognition"
+
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
-        """A session on the model: an OnnxClassifier or an OnnxRunner."""
+        """A session on the model: an OnnxClassifier, an OnnxRunner, or a Seq2SeqRunner."""
+        if self.transcribes:
+            encoder, decoder = self.models.values()
+            network = OnnxNetwork(encoder, decoder, reader=self.reader, threads=threads, provider=provider)
+            return Seq2SeqRunner(network, Rules.of(read_generation(self.folder)))
         kind = OnnxClassifier if self.classifies else OnnxRunner
-        return kind(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+        return kind(self.models["model"], pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+
+    @property
+    def reader(self) -> SpeechReader:
+        """How sound becomes features."""
+        return SpeechReader.load(self.folder)
+
+    def transcribe(self, paths: list[str], runner: Seq2SeqRunner) -> list[Answer]:
+        """What is said in each sound file; long ones are cut at quiet places and put together again."""
+        prompt, stops, most = speech_prompt(self.tokenizer), self.tokenizer.stop_ids, self.manifest["max_length"]
+        answers = []
+        for path in paths:
+            clips = [
+                Given(clip, prompt)
+                for clip in cut(find_clip(Path.cwd(), path, "on the command line"), self.reader.seconds)
+            ]
+            written = [runner.generate([clip], max_new_tokens=most, stop_ids=stops)[0] for clip in clips]
+            text = " ".join(self.tokenizer.decode(ids).strip() for ids in written)
+            answers.append(Answer(text, all(ids[-1] in stops for ids in written), sum(map(len, written))))
+        return answers
 
     def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
         """Each text's label."""

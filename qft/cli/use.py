@@ -58,13 +58,15 @@ def _open(name: str | None, runs: Path) -> Bundle:
 def predict_command(
     texts: tuple[str, ...], max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool
 ) -> None:
-    """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each."""
+    """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each. Of speech: sound files."""
     bundle = _open(bundle_name, runs)
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise InputError("nothing to answer", hint='as in `qft predict "A waste of two hours."`')
     answers: Sequence[Decision | Answer]
-    if bundle.classifies:
+    if bundle.transcribes:
+        answers = bundle.transcribe(lines, bundle.runner())
+    elif bundle.classifies:
         answers = bundle.classify(lines, bundle.runner())
     else:
         answers = bundle.answer(lines, bundle.runner(), max_new_tokens=max_new_tokens)
@@ -118,7 +120,7 @@ def _held_out(bundle: Bundle, rows: Path | None, recipe: Recipe, task: Task) -> 
     if rows is None:
         lines = (bundle.folder.parent.parent / "data/eval.jsonl").read_text("utf-8").splitlines()
         return [task.read(json.loads(line)) for line in lines]
-    examples, _ = to_examples(read_rows(rows, columns=recipe.data.columns), shape_of(recipe))
+    examples, _ = to_examples(read_rows(rows, columns=recipe.data.columns), shape_of(recipe, rows))
     length = recipe.training.max_length
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 
@@ -131,7 +133,9 @@ def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
     problems = bundle.problems()
     if problems:
         raise StageError(problems)
-    agreement = check_cases(bundle.runner(), from_manifest(bundle.manifest), stop_ids=bundle.stop_ids)
+    agreement = check_cases(
+        bundle.runner(), from_manifest(bundle.manifest), folder=bundle.folder, stop_ids=bundle.stop_ids
+    )
     if as_json:
         print_json({"bundle": str(bundle.folder), "agrees": agreement.agrees, **asdict(agreement)})
     else:

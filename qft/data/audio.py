@@ -15,9 +15,8 @@ import numpy as np
 from qft.errors import InputError
 
 RATE = 16000  # samples a second, whatever a file has
-WINDOW = 30 * RATE  # samples that Whisper's encoder reads at a time
+SECONDS = 30  # that Whisper's encoder reads at a time, unless it was tuned to read fewer
 _FRAME, _HOP = 400, 160  # samples of a spectrum, and from one to the next
-_CUT_SECONDS = 5  # a long recording is cut in the last seconds of a window
 _QUIET = RATE // 10  # samples over which loudness is measured
 
 
@@ -69,33 +68,34 @@ def resample(audio: np.ndarray, rate: int) -> np.ndarray:
     return resample_poly(audio, RATE // common, rate // common).astype(np.float32)
 
 
-def cut(clip: Clip) -> Iterator[Clip]:
-    """A recording in parts of at most 30 s, each cut at the quietest place of its last 5 s."""
-    audio = samples(clip)
+def cut(clip: Clip, seconds: int = SECONDS) -> Iterator[Clip]:
+    """A recording in parts of at most 30 s (or `seconds`), each cut at the quietest place of its last sixth."""
+    audio, window = samples(clip), seconds * RATE
     begin = 0
-    while len(audio) - begin > WINDOW:
-        tail = audio[begin + WINDOW - _CUT_SECONDS * RATE : begin + WINDOW]
+    while len(audio) - begin > window:
+        tail = audio[begin + window - window // 6 : begin + window]
         energy = np.convolve(tail.astype(np.float64) ** 2, np.ones(_QUIET), "valid")
-        end = begin + WINDOW - len(tail) + int(energy.argmin()) + _QUIET // 2
+        end = begin + window - len(tail) + int(energy.argmin()) + _QUIET // 2
         yield Clip(clip.path, clip.member, clip.begin + begin, clip.begin + end)
         begin = end
     yield Clip(clip.path, clip.member, clip.begin + begin, clip.begin + len(audio))
 
 
-def log_mel(audio: np.ndarray, bins: int) -> np.ndarray:
-    """Whisper's features, float32 (bins, 3000): of float32 audio at 16 kHz, filled up with silence to 30 s.
+def log_mel(audio: np.ndarray, bins: int, seconds: int = SECONDS) -> np.ndarray:
+    """Whisper's features, float32 (bins, 100 · seconds): of float32 audio at 16 kHz, filled up with silence.
 
     Log10 of the energy in `bins` mel bands every 10 ms, the least 8 below the greatest, shifted and scaled to about [-1, 1]
     (arXiv 2212.04356, section 2.2). Raises ValueError if the audio is longer.
     """
-    if len(audio) > WINDOW:
-        raise ValueError(f"{len(audio)} samples are more than a window's {WINDOW}")
+    window = seconds * RATE
+    if len(audio) > window:
+        raise ValueError(f"{len(audio)} samples are more than a window's {window}")
     half = _FRAME // 2
-    padded = np.zeros(WINDOW + 2 * half)
+    padded = np.zeros(window + 2 * half)
     padded[half : half + len(audio)] = audio
     padded[:half] = padded[2 * half : half : -1]  # mirrored at both ends
     padded[-half:] = padded[-half - 2 : -2 * half - 2 : -1]
-    frames = WINDOW // _HOP
+    frames = window // _HOP
     heard = min(frames, (len(audio) + half) // _HOP + 1)  # the others are silence
     starts = np.lib.stride_tricks.sliding_window_view(padded, _FRAME)[: heard * _HOP : _HOP]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FRAME) / _FRAME)
@@ -103,6 +103,15 @@ def log_mel(audio: np.ndarray, bins: int) -> np.ndarray:
     log = np.full((bins, frames), -10.0)
     log[:, : len(power)] = np.log10(np.maximum(mel_filters(bins) @ power.T, 1e-10))
     return ((np.maximum(log, log.max() - 8) + 4) / 4).astype(np.float32)
+
+
+def keep_sound(clip: Clip, folder: Path, name: str) -> str:
+    """Write a clip as 16 kHz mono wav, float32 so that nothing of it is rounded; returns its name."""
+    import soundfile
+
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(folder / name, samples(clip), RATE, subtype="FLOAT")
+    return name
 
 
 @functools.cache

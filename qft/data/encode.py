@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from qft.data.examples import Example
 from qft.data.tokenizer import TextTokenizer
@@ -20,6 +20,10 @@ class EncodedRow(Protocol):
     @property
     def input_ids(self) -> tuple[int, ...]:
         """What the model is fed."""
+
+    @property
+    def fed(self) -> Any:
+        """The row as a runner is given it: `input_ids`, or with a source before them."""
 
     @property
     def targets(self) -> int:
@@ -38,6 +42,11 @@ class Encoded:
     answer_start: int  # index of the first token of the last answer: what comes before is the prompt
     label: str | None
     where: str
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """Token ids alone."""
+        return self.input_ids
 
     @property
     def targets(self) -> int:

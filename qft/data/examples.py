@@ -8,8 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from qft.data.audio import Clip, find_clip
 from qft.data.rows import Row
 from qft.data.tokenizer import Message
 from qft.errors import InputError
@@ -23,6 +25,7 @@ class Example:
     """messages with at least one assistant turn, or `text` alone (plain text).
 
     label: the expected answer where rows have labels. labels: those it consists of, one unless rows may have several.
+    clip: the sound whose transcript the answer is.
     group: what the row has in common with others that must lie on the same side of a split (a speaker, a document).
     """
 
@@ -32,6 +35,7 @@ class Example:
     where: str
     labels: tuple[str, ...] | None = None
     group: str | None = None
+    clip: Clip | None = None
 
     def key(self) -> str:
         """What decides the split: the prompt (all but the last answer), case and white space folded."""
@@ -60,7 +64,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Shape:
-    """How rows become examples: the data keys of a recipe that say so."""
+    """How rows become examples: the data keys of a recipe that say so.
+
+    audio: the column of sound files' paths, and the folder or .tar that they start from; None where rows are not speech.
+    """
 
     format: str
     text_column: str
@@ -70,6 +77,7 @@ class Shape:
     system: str | None
     label_separator: str | None = None
     group_column: str | None = None
+    audio: tuple[str, Path] | None = None
 
 
 class _NoBin(Exception):
@@ -115,6 +123,8 @@ def _several(rows: Sequence[Row], shape: Shape) -> bool:
 
 def _guess(row: Row, shape: Shape) -> str:
     columns = set(row.values)
+    if shape.audio is not None:
+        return "speech"
     if columns & {"messages", "conversations"}:
         return "messages"
     if {"instruction", "output"} <= columns:
@@ -208,12 +218,23 @@ def _labels(row: Row, shape: Shape, bins: Mapping[str, Callable[[float], bool]])
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
 
 
+def _speech(row: Row, shape: Shape, bins: Mapping) -> Example:
+    """The path stands for the sound: rows with one path are one example, rows with the same words are not."""
+    if shape.audio is None:
+        raise InputError("data.format: speech is for task automatic-speech-recognition", where="data.format")
+    column, folder = shape.audio
+    path, text = _text_of(_column(row, column)), _text_of(_column(row, shape.text_column))
+    messages = (Message("user", path), Message("assistant", text))
+    return Example(messages, None, None, row.where, clip=find_clip(folder, path, row.where))
+
+
 _FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {
     "messages": _messages,
     "prompt-completion": _prompt_completion,
     "alpaca": _alpaca,
     "text": _text,
     "labels": _labels,
+    "speech": _speech,
 }
 
 

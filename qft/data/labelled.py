@@ -48,6 +48,11 @@ class Labelled:
     where: str
 
     @property
+    def fed(self) -> tuple[int, ...]:
+        """Token ids alone."""
+        return self.input_ids
+
+    @property
     def targets(self) -> int:
         """A row is one thing to predict."""
         return 1

@@ -93,6 +93,10 @@ class TextTokenizer:
         """A token as the vocabulary writes it."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    def token_id(self, text: str) -> int | None:
+        """A token's id; None if the vocabulary has none like it."""
+        return self._tokenizer.token_to_id(text)
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The text of a conversation by the model's own template, sandboxed as transformers does it."""
         if self._template is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,16 +15,19 @@ from qft.libraries import quiet_transformers
 from qft.progress import OnProgress, Progress, silent
 
 
-def export_float(folder: Path, target: Path, *, export_task: str, on_progress: OnProgress = silent) -> None:
-    """Write `target` (`…/model.onnx`) and its weights beside it as `model.onnx_data`, float32, in one copy.
+def export_float(
+    folder: Path, target: Path, *, graphs: Iterable[str], export_task: str, on_progress: OnProgress = silent
+) -> None:
+    """Write each graph into the folder `target`: `GRAPH.onnx`, and its weights as `GRAPH.onnx_data`, float32, in one copy.
 
-    export_task: optimum's name, such as text-generation-with-past. Raises StageError with optimum's reason.
+    graphs: those wanted of what optimum writes. export_task: optimum's name, such as text-generation-with-past. Raises
+    StageError with optimum's reason.
     """
     quiet_transformers()
     from optimum.exporters.onnx import main_export
 
     on_progress(Progress("export through optimum", 0))
-    with TemporaryDirectory(prefix="qft-export-", dir=target.parent) as scratch:
+    with TemporaryDirectory(prefix="qft-export-", dir=target) as scratch:
         noise = io.StringIO()  # the tracer prints to both streams
         try:
             with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
@@ -40,4 +44,7 @@ def export_float(folder: Path, target: Path, *, export_task: str, on_progress: O
         except Exception as error:  # optimum raises many kinds; the user needs the reason, and --debug shows the rest
             raise StageError(f"optimum cannot export this model: {error}", hint="--debug shows where") from error
         # One name for the weights, the one optimum and transformers.js expect: the file name is written inside the graph.
-        ir.save(ir.load(Path(scratch) / "model.onnx"), target, external_data=f"{target.name}_data")
+        for graph in graphs:
+            ir.save(
+                ir.load(Path(scratch) / f"{graph}.onnx"), target / f"{graph}.onnx", external_data=f"{graph}.onnx_data"
+            )

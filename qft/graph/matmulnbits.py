@@ -1,7 +1,7 @@
 """The quantization pass: packed codes into the graph.
 
 Needs: a float ONNX graph with constant weights in MatMul, Gather(embedding, ids) and, for a tied head,
-MatMul(x, Transpose(embedding)) as optimum writes it.
+MatMul(x, Transpose(embedding)) as optimum writes it; in the branches of an If, too, as optimum merges decoders.
 Then holds: every constant two-dimensional MatMul is a MatMulNBits; embedding and tied head read one array in the file.
 """
 
@@ -53,18 +53,24 @@ def quantize_graph(
     """
     model = ir.load(source)
     graph = model.graph
-    embedding = _embedding(graph)
-    weights = [node for node in graph if node.op_type == "MatMul" and _is_matrix(_constant(node.inputs[1]))]
-    head = _tied_head(graph, embedding)
+    table = _embedding(graph)
+    weights = [node for node in graph.all_nodes() if node.op_type == "MatMul" and _is_matrix(_constant(node.inputs[1]))]
     missing = folded.keys() - {_layer_name(node) for node in weights}
     if missing:
         raise StageError(f"the graph has no layer {min(missing)}, which was trained on the grid")
     done: list[QuantizedTensor] = []
-    if embedding is not None:
-        done.append(_quantize_embedding(graph, embedding, head, plan))
+    if table is not None:
+        done.append(_quantize_embedding(graph, table, plan))
+    kept: dict[ir.Value, tuple[list[ir.Value], Quantized]] = {}
     for number, node in enumerate(weights):
         on_progress(Progress("quantize", number, len(weights), "matrices"))
-        done.append(_quantize_matmul(graph, node, plan, folded))
+        weight = node.inputs[1]
+        assert weight is not None
+        if weight not in kept:
+            stored, matrix, record = _quantize_matmul(graph, node, plan, folded)
+            kept[weight] = stored, matrix
+            done.append(record)
+        _replace(node, [_matmulnbits(node.inputs[0], *kept[weight], plan)])
     if not done:
         raise StageError(f"{source.name} holds no constant MatMul to quantize")
     _drop_unused(graph)
@@ -81,35 +87,33 @@ def _is_matrix(values: np.ndarray | None) -> bool:
     return values is not None and values.ndim == 2
 
 
-def _embedding(graph: ir.Graph) -> ir.Node | None:
-    """The Gather that reads rows of a large constant matrix: the token embedding."""
-    tables = [(_constant(n.inputs[0]), n) for n in graph if n.op_type == "Gather"]
-    found = [(table.size, n) for table, n in tables if table is not None and table.ndim == 2]
+def _embedding(graph: ir.Graph) -> ir.Value | None:
+    """The largest constant matrix that a Gather reads rows of: the token embedding."""
+    tables = [n.inputs[0] for n in graph.all_nodes() if n.op_type == "Gather"]
+    found = [(values.size, t) for t in tables if (values := _constant(t)) is not None and values.ndim == 2]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _tied_head(graph: ir.Graph, embedding: ir.Node | None) -> ir.Node | None:
-    """The MatMul that multiplies with the transposed embedding, however the exporter wrote it."""
-    if embedding is None:
-        return None
-    table = embedding.inputs[0]
-    for node in graph:
-        if node.op_type != "MatMul":
-            continue
-        maker = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table:
-            return node
-    return None
+def _readers(graph: ir.Graph, table: ir.Value) -> tuple[list[ir.Node], list[ir.Node]]:
+    """The Gathers of the embedding, and the MatMuls with its transpose, however the exporter wrote it: one each a branch."""
+    gathers, heads = [], []
+    for node in graph.all_nodes():
+        if node.op_type == "Gather" and node.inputs[0] is table:
+            gathers.append(node)
+        elif node.op_type == "MatMul":
+            maker = node.inputs[1].producer() if node.inputs[1] is not None else None
+            if maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table:
+                heads.append(node)
+    return gathers, heads
 
 
-def _is_head(graph: ir.Graph, node: ir.Node) -> bool:
-    return node.outputs[0] in graph.outputs
+def _is_head(node: ir.Node) -> bool:
+    return node.outputs[0].is_graph_output()
 
 
-def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, plan: GraphPlan) -> QuantizedTensor:
-    table = gather.inputs[0]
+def _quantize_embedding(graph: ir.Graph, table: ir.Value, plan: GraphPlan) -> QuantizedTensor:
+    gathers, heads = _readers(graph, table)
     values = _constant(table)
-    assert table is not None
     assert table.name is not None
     assert values is not None
     weight = _tensor(values)
@@ -118,34 +122,36 @@ def _quantize_embedding(graph: ir.Graph, gather: ir.Node, head: ir.Node | None, 
     # GatherBlockQuantized wants the codes as a matrix, MatMulNBits as (rows, blocks, bytes): one array in the file, and
     # a Reshape (folded when the session is made) for the reader that wants the other shape.
     shape = _initializer(graph, f"{table.name}_q_shape", torch.tensor([matrix.codes.shape[0], -1]))
-    flat = ir.node("Reshape", [stored[0], shape])
-    read = ir.node(
-        "GatherBlockQuantized",
-        [flat.outputs[0], gather.inputs[1], *stored[1:]],
-        domain=_DOMAIN,
-        attributes={
-            "bits": plan.grids.head.bits,
-            "block_size": plan.grids.head.block,
-            "gather_axis": 0,
-            "quantize_axis": 1,
-        },
-    )
-    _replace(graph, gather, [flat, read])
-    if head is not None:
-        _replace(graph, head, [_matmulnbits(head.inputs[0], stored, matrix, plan)])
+    for gather in gathers:
+        flat = ir.node("Reshape", [stored[0], shape])
+        read = ir.node(
+            "GatherBlockQuantized",
+            [flat.outputs[0], gather.inputs[1], *stored[1:]],
+            domain=_DOMAIN,
+            attributes={
+                "bits": plan.grids.head.bits,
+                "block_size": plan.grids.head.block,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
+        )
+        _replace(gather, [flat, read])
+    for head in heads:
+        _replace(head, [_matmulnbits(head.inputs[0], stored, matrix, plan)])
     return _record(table.name, weight, matrix)
 
 
-def _quantize_matmul(graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: dict[str, Quantized]) -> QuantizedTensor:
+def _quantize_matmul(
+    graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: dict[str, Quantized]
+) -> tuple[list[ir.Value], Quantized, QuantizedTensor]:
     values = _constant(node.inputs[1])
     assert values is not None
     weight, name = _tensor(values.T), _layer_name(node)
     # What feeds the answer and was not folded (an untied head, a layer over the labels) is the most sensitive: it
     # gets the head's bits.
-    apart = _is_head(graph, node) or bool(folded)
+    apart = _is_head(node) or bool(folded)
     matrix = folded.get(name) or quantize_nearest(weight, plan.grids.head if apart else plan.grids.linear)
-    _replace(graph, node, [_matmulnbits(node.inputs[0], _store(graph, name, matrix), matrix, plan)])
-    return _record(name, weight, matrix)
+    return _store(graph, name, matrix), matrix, _record(name, weight, matrix)
 
 
 def _layer_name(node: ir.Node) -> str:
@@ -191,7 +197,9 @@ def _initializer(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
     return value
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+def _replace(old: ir.Node, new: list[ir.Node]) -> None:
+    graph = old.graph
+    assert graph is not None
     graph.insert_before(old, new)
     was, now = old.outputs[0], new[-1].outputs[0]
     name, shape, kind = was.name, was.shape, was.type
@@ -201,10 +209,10 @@ def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
 
 
 def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if all(not out.uses() and out not in graph.outputs for out in node.outputs):
-            graph.remove(node, safe=True)
-    for name in [n for n, value in graph.initializers.items() if not value.uses() and value not in graph.outputs]:
+    for node in reversed(list(graph.all_nodes())):
+        if node.graph is not None and all(not out.uses() and not out.is_graph_output() for out in node.outputs):
+            node.graph.remove(node, safe=True)
+    for name in [n for n, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[name]
 
 

@@ -56,7 +56,7 @@ class Quality:
     answers exactly right, of rows with labels. label_percent: generated answers that are exactly one of the labels.
     ended_percent: those that the model ended by itself. preferred_percent: rows where the right label's first token is
     likelier than the other labels' (None if labels begin alike). macro_f1_percent, calibration_error_percent: see
-    `classification`. agreement: with the tuned model, where there is one.
+    `classification`; word_error_percent, character_error_percent: `transcripts`. agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -71,6 +71,8 @@ class Quality:
     ended_percent: float | None = None
     preferred_percent: float | None = None
     macro_f1_percent: float | None = None
+    word_error_percent: float | None = None
+    character_error_percent: float | None = None
     calibration_error_percent: float | None = None
     agreement: Agreement | None = None
 
@@ -91,7 +93,7 @@ class Measuring:
 
 def higher_is_better(metric: str) -> bool:
     """The good direction of a headline metric."""
-    return metric != "perplexity"
+    return metric not in ("perplexity", "wer", "cer")
 
 
 def measure(

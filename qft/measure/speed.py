@@ -1,4 +1,4 @@
-"""How fast a bundle is, in a fresh process without torch: one that writes, or one that classifies.
+"""How fast a bundle is, in a fresh process without torch: one that writes, classifies or hears.
 
 Run as `python -m qft.measure.speed BUNDLE SETTINGS_JSON`; prints one JSON object.
 """
@@ -119,7 +119,43 @@ class Speed:
         }
 
 
-AnySpeed = Speed | ClassifierSpeed
+@dataclass(frozen=True)
+class SpeechSpeed:
+    """latency_seconds: of one clip alone, from the file to its text. speech_seconds: of all clips. times_real: they over the
+    time taken.
+    """
+
+    provider: str
+    threads: int
+    trials: int
+    speech_seconds: float
+    load_seconds: float
+    latency_seconds: Spread
+    times_real: Spread
+    peak_memory_bytes: int
+    model_bytes: int
+
+    @property
+    def headline(self) -> str:
+        """The one figure to remember."""
+        return f"{self.times_real.median:.1f}× real time"
+
+    @property
+    def about(self) -> str:
+        """What was measured, and on what."""
+        return f"{self.provider}, {self.threads} threads, {self.speech_seconds:.0f} s of speech, {self.trials} trials"
+
+    def cells(self) -> dict[str, str]:
+        """For a table."""
+        return {
+            "load": f"{self.load_seconds:.1f} s",
+            "one clip": f"{1000 * self.latency_seconds.median:.0f} ms",
+            "× real time": f"{self.times_real.median:.1f} ({self.times_real.least:.1f}–{self.times_real.most:.1f})",
+            "memory": mb(self.peak_memory_bytes),
+        }
+
+
+AnySpeed = Speed | ClassifierSpeed | SpeechSpeed
 
 
 def mb(count: float) -> str:
@@ -183,12 +219,42 @@ def _measure_classifier(
         Spread.of(alone),
         Spread.of(batched),
         peak.bytes,
-        _model_bytes(bundle.model_path),
+        _model_bytes(bundle.models["model"]),
     )
 
 
+def _measure_speech(
+    folder: Path, *, clips: list[dict[str, Any]], new_tokens: int, trials: int, threads: int, provider: str
+) -> SpeechSpeed:
+    from qft.bundle.manifest import Bundle
+    from qft.bundle.seq2seq import speech_prompt
+    from qft.data.audio import RATE, Clip, samples
+    from qft.data.sequences import Given
+
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        bundle = Bundle.load(folder)
+        runner = bundle.runner(threads=threads, provider=provider)
+        load = time.perf_counter() - began
+        sounds, prompt = [Clip(**clip) for clip in clips], speech_prompt(bundle.tokenizer)
+        spoken = sum(len(samples(clip)) for clip in sounds) / RATE
+        alone: list[float] = []
+        together: list[float] = []
+        for trial in range(trials + 1):
+            seconds = []
+            for clip in sounds:
+                began = time.perf_counter()
+                runner.generate([Given(clip, prompt)], max_new_tokens=new_tokens, stop_ids=bundle.stop_ids)
+                seconds.append(time.perf_counter() - began)
+            if trial:  # the first is warm-up
+                alone.append(statistics.median(seconds))
+                together.append(spoken / sum(seconds))
+    cores, size = runner.network.threads, sum(map(_model_bytes, bundle.models.values()))
+    return SpeechSpeed(provider, cores, trials, spoken, load, Spread.of(alone), Spread.of(together), peak.bytes, size)
+
+
 def _model_bytes(model: Path) -> int:
-    return sum(p.stat().st_size for p in model.parent.glob(model.name + "*"))
+    return sum(p.stat().st_size for p in (model, model.with_name(f"{model.name}_data")))
 
 
 def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, threads: int, provider: str) -> Speed:
@@ -215,7 +281,7 @@ def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, 
             if trial:  # the first is warm-up
                 prefill.append(first - began)
                 decode.append((ended - first) / new_tokens)
-    weights = _model_bytes(bundle.model_path)
+    weights = _model_bytes(bundle.models["model"])
     bandwidth = memory_bandwidth(threads=runner.threads)
     speeds = Spread.of([1 / s for s in decode])
     return Speed(
@@ -238,7 +304,8 @@ def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, 
 if __name__ == "__main__":
     try:
         wanted = json.loads(sys.argv[2])
-        found = (_measure_classifier if "rows" in wanted else _measure)(Path(sys.argv[1]), **wanted)
+        kind = _measure_speech if "clips" in wanted else _measure_classifier if "rows" in wanted else _measure
+        found = kind(Path(sys.argv[1]), **wanted)
         print(json.dumps(asdict(found)))  # noqa: T201 - a worker's answer
     except InputError as error:
         sys.stderr.write(str(error))

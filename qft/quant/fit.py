@@ -30,10 +30,19 @@ class Fitted:
 
 
 def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
-    """Name → linear layer inside the transformer's layers (the longest list of modules): all but embedding and head."""
+    """Name → linear layer inside the transformer's layers (its lists of modules): all but embedding and head.
+
+    An encoder-decoder has two lists; of more, the longest are the layers.
+    """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
-    prefix, layers = max(lists, key=lambda pair: len(pair[1]))
-    return {f"{prefix}.{name}": m for name, m in layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    wanted = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
+    chosen = sorted(lists, key=lambda pair: -len(pair[1]))[:wanted]
+    return {
+        f"{prefix}.{name}": m
+        for prefix, layers in chosen
+        for name, m in layers.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
 
 
 @contextmanager

@@ -10,21 +10,23 @@ that no bit of what a float model computes changes.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from qft.quant.fit import decoder_linears
 
+Row = TypeVar("Row")
+
 # On SmolLM2 ½ is better for 8-bit activations alone, but worse for them and 4-bit weights together.
 _SHARE = 0.25
 _MOST = 64.0  # the largest factor, and its inverse the smallest
-_ROWS, _TOKENS = 16, 256  # enough for a mean square
-_NORMS_BACK = 4  # a layer reads one of the last norms' outputs: between them may be those of queries and keys
+_ROWS = 16  # enough for a mean square
+_NORMS_BACK = 100  # a layer reads one of the last norms' outputs, and every decoder layer the encoder's last one's
 
 
 @dataclass
@@ -40,25 +42,22 @@ class _Source:
 
 
 @torch.no_grad()
-def even_out(model: Any, rows: Sequence[Sequence[int]]) -> int:
+def even_out(model: Any, rows: Sequence[Row], say: Callable[[Any, Row], Tensor]) -> int:
     """Scale a float model's channels by powers of two, in place; returns how many inputs of layers were evened out.
 
-    rows: token ids; the channels are measured on a few of them. A model that then says anything else about one, because its
-    norms feed more than linear layers, is put back as it was: 0. In float16 small values may lose bits: use a wider type.
+    rows: the channels are measured on a few of them. say: (model, row) → logits. A model that then says anything else about a
+    row, because its norms feed more than linear layers, is put back as it was: 0. In float16 small values may lose bits: use a
+    wider type.
     """
     was_training = model.training
     model.eval()
-    rows = [row[:_TOKENS] for row in random.Random(0).sample(rows, min(_ROWS, len(rows)))]
-
-    def said(row: Sequence[int]) -> Tensor:
-        return model(input_ids=torch.tensor([list(row)], device=model.device)).logits
-
+    rows = random.Random(0).sample(rows, min(_ROWS, len(rows)))
     with _sources_watched(model) as sources:
-        before, *_ = [said(row) for row in rows]
+        before, *_ = [say(model, row) for row in rows]
     found = [source for source in sources if source.readers]
     factors = [_factors(source) for source in found]
     _scale(found, factors)
-    same = torch.equal(said(rows[0]), before)
+    same = torch.equal(say(model, rows[0]), before)
     if not same:
         _scale(found, [1 / by for by in factors])
     model.train(was_training)

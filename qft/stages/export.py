@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare, tune
 from qft.stages.job import Job
+from qft.tasks.registry import find_task
 
 NEEDS = ("prepare", "merge")
 
@@ -37,7 +39,13 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
 
 def outputs(job: Job) -> list[Path]:
     """What must be there for the stage to count as done."""
-    return [job.run.bundle(TARGET) / name for name in ("qft.json", "onnx/model.onnx", "onnx/model.onnx_data")]
+    files = float_files(job.recipe).values()
+    return [job.run.bundle(TARGET) / name for name in ("qft.json", *files, *(f"{file}_data" for file in files))]
+
+
+def float_files(recipe: Recipe) -> dict[str, str]:
+    """Graph → its file inside the float bundle."""
+    return {graph: f"onnx/{graph}.onnx" for graph in find_task(recipe.task).graphs}
 
 
 def run(job: Job) -> Facts:
@@ -48,23 +56,28 @@ def run(job: Job) -> Facts:
         (aside / "onnx").mkdir()
         export_float(
             job.run.merged,
-            aside / "onnx/model.onnx",
+            aside / "onnx",
+            graphs=job.task.graphs,
             export_task=job.task.export_task,
             on_progress=job.on_progress,
         )
-        describe(job, aside, target=TARGET, model="onnx/model.onnx")
+        describe(job, aside, target=TARGET, models=float_files(job.recipe))
         quality = measure_bundle(job, "export", aside)
     return Facts(quality, size_bytes(job.run.bundle(TARGET)))
 
 
-def describe(job: Job, folder: Path, *, target: str, model: str) -> None:
-    """Everything beside the graph: tokenizer, the runtimes' configs, and qft.json with task, licence and lineage."""
+def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) -> None:
+    """Everything beside the graphs: tokenizer, the runtimes' configs, and qft.json with task, licence and lineage.
+
+    models: graph → its file. Inputs and outputs written down are those of the last graph, which gives the answer.
+    """
     facts, recipe = job.facts(prepare.Facts), job.recipe
     copy_tokenizer(job.run.merged, folder)
     tokenizer = TextTokenizer.load(folder)
+    *_, model = models.values()
     session, _ = open_session(folder / model, threads=0, provider="cpu")
     inputs = [i.name for i in session.get_inputs()]
-    job.task.describe(job.run.merged, folder, model, inputs, tokenizer)
+    job.task.describe(job.run.merged, folder, models, inputs, tokenizer)
     update(
         folder,
         format=1,
@@ -73,6 +86,7 @@ def describe(job: Job, folder: Path, *, target: str, model: str) -> None:
         task=recipe.task,
         ort_class=job.task.ort_class,
         model=model,
+        models=dict(models),
         labels=facts.labels.names,
         several_labels=facts.labels.several,
         max_length=recipe.training.max_length,

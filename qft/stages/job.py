@@ -33,7 +33,11 @@ def make_task(recipe: Recipe, labels: LabelSet) -> Task:
             where="evaluation.metric",
             hint=f"write auto or {' or '.join(kind.metrics)}",
         )
-    return kind(labels, class_weights=recipe.classification.class_weights)
+    return kind(
+        labels,
+        class_weights=recipe.classification.class_weights,
+        window_seconds=recipe.speech.window_seconds,
+    )
 
 
 @dataclass(frozen=True)

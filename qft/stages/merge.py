@@ -69,7 +69,7 @@ def run(job: Job) -> Facts:
     found = {way: forward.validate(model, validation, recipe.evaluation.batch_size) for way, model in models.items()}
     chosen = choose(found)
     best = models[chosen]
-    evened_out = even_out(best, [row.input_ids for row in job.rows("train")])
+    evened_out = even_out(best, job.rows("train"), forward.feed)
     quality = job.measure("merge", task.torch_runner(best.eval(), tokenizer), tokenizer)
     # Its values are those of the base's own type, whatever they are computed in.
     _save(best.to(getattr(torch, own_type(folder))), folder, job.run.merged)

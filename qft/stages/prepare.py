@@ -56,12 +56,18 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result: the keys, and the content of files that are not pinned by a version."""
-    files = [recipe.model, *_train_uris(recipe), *([recipe.data.eval] if isinstance(recipe.data.eval, str) else [])]
+    data = recipe.data
+    files = [
+        recipe.model,
+        *_train_uris(recipe),
+        *(uri for uri in (data.eval, data.audio_folder) if isinstance(uri, str)),
+    ]
     return {
         "task": recipe.task,
         "model": recipe.model,
-        "data": recipe.data.model_dump(),
+        "data": data.model_dump(),
         "max_length": recipe.training.max_length,
+        "speech": recipe.speech.model_dump(),
         "files": [local_stamp(uri, relative_to) for uri in files],
     }
 
@@ -134,12 +140,14 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Counts]:
     keys = job.recipe.data
     rows = [row for source in sources for row in read_rows(source.path, columns=keys.columns)]
-    return to_examples(rows, shape_of(job.recipe))
+    folder = _fetch(job, keys.audio_folder, "dataset").path if keys.audio_folder else sources[0].path
+    return to_examples(rows, shape_of(job.recipe, folder))
 
 
-def shape_of(recipe: Recipe) -> Shape:
-    """How the recipe's rows become examples."""
+def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
+    """How the recipe's rows become examples. rows_in: their file or folder, or the .tar where their sound files lie."""
     keys = recipe.data
+    folder = rows_in if rows_in.is_dir() or rows_in.suffix == ".tar" else rows_in.parent
     if recipe.task == "text-classification" and keys.system is not None:
         raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
     return Shape(
@@ -151,6 +159,7 @@ def shape_of(recipe: Recipe) -> Shape:
         keys.system,
         keys.label_separator,
         keys.group_column,
+        (keys.audio_column, folder) if recipe.task == "automatic-speech-recognition" else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qft.recipe import Recipe
 from qft.stages import baseline, export, fold, merge, tune
 from qft.stages.job import Job
 from qft.targets import Target, find_target
+from qft.tasks.registry import find_task
 
 NEEDS = ("export", "fold")
 
@@ -49,8 +51,13 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
 
 def outputs(job: Job) -> list[Path]:
     """What must be there for the stage to count as done."""
+    graphs = find_task(job.recipe.task).graphs
     targets = [find_target(name) for name in job.recipe.export.targets]
-    return [job.run.bundle(t.name) / name for t in targets for name in ("qft.json", t.model, f"{t.model}_data")]
+    found = [job.run.bundle(target.name) / "qft.json" for target in targets]
+    for target in targets:
+        files = target.files(graphs).values()
+        found += [job.run.bundle(target.name) / name for file in files for name in (file, f"{file}_data")]
+    return found
 
 
 def run(job: Job) -> Facts:
@@ -67,14 +74,20 @@ def _ship(job: Job, target: Target) -> TargetFacts:
     folded = load_matrices(matrices) if target in fold.grid_targets(job.recipe) else {}
     with folder_aside(job.run.bundle(target.name)) as aside:
         (aside / "onnx").mkdir()
-        tensors = quantize_graph(
-            job.run.bundle(export.TARGET) / "onnx/model.onnx",
-            aside / target.model,
-            GraphPlan(grids_of(target), target.accuracy_level),
-            folded,
-            job.on_progress,
-        )
-        export.describe(job, aside, target=target.name, model=target.model)
+        files = target.files(job.task.graphs)
+        tensors = []
+        for graph, prefix in job.task.graphs.items():
+            mine = {
+                name.removeprefix(prefix): m for name, m in folded.items() if _lies_in(name, graph, job.task.graphs)
+            }
+            tensors += quantize_graph(
+                job.run.bundle(export.TARGET) / export.float_files(job.recipe)[graph],
+                aside / files[graph],
+                GraphPlan(grids_of(target), target.accuracy_level),
+                mine,
+                job.on_progress,
+            )
+        export.describe(job, aside, target=target.name, models=files)
         update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
         calibration = _calibration(job, aside) if job.recipe.task == "text-classification" else None
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
@@ -88,6 +101,11 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         8 * sum(t.bytes for t in tensors) / weights,
         calibration,
     )
+
+
+def _lies_in(layer: str, graph: str, graphs: Mapping[str, str]) -> bool:
+    """Whether a layer is in a graph: the one whose prefix fits best."""
+    return graph == max(graphs, key=lambda name: len(graphs[name]) if layer.startswith(graphs[name]) else -1)
 
 
 def _calibration(job: Job, folder: Path) -> Calibration:

@@ -43,7 +43,7 @@ def run(job: Job) -> Facts:
     """Compare on held-out rows."""
     from qft.data.tokenizer import TextTokenizer
 
-    rows = [row.input_ids for row in job.rows("eval")[: job.recipe.verify.rows]]
+    rows = [row.fed for row in job.rows("eval")[: job.recipe.verify.rows]]
     float_runner = _runner(job, export.TARGET)
     tokenizer = TextTokenizer.load(job.run.merged)
     model = job.load(job.run.merged, tokenizer, dtype="float32").eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _TASKS = {
     "text-generation": "qft.tasks.text_generation:TextGeneration",
     "text-classification": "qft.tasks.text_classification:TextClassification",
+    "automatic-speech-recognition": "qft.tasks.speech_recognition:SpeechRecognition",
 }
 
 
@@ -31,15 +32,17 @@ class Task(Protocol):
     """What a stage asks of a task. Made with the labels of the job, empty where it has none; torch only where it trains.
 
     export_task: optimum's name of the graph. ort_class: the optimum class that opens the bundle. peft_type: PEFT's name.
-    metrics: headline metrics that `evaluation.metric` may name.
+    metrics: headline metrics that `evaluation.metric` may name. graphs: name of each ONNX file → what its layers' names lack
+    of those in torch.
     """
 
     export_task: str
     ort_class: str
-    peft_type: str
+    peft_type: str | None
     metrics: tuple[str, ...]
+    graphs: Mapping[str, str]
 
-    def __init__(self, labels: LabelSet, *, class_weights: str) -> None: ...
+    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None: ...
 
     def check_base(self, folder: Path) -> None:
         """Raises InputError if a checkpoint cannot be tuned for this."""
@@ -75,8 +78,10 @@ class Task(Protocol):
     ) -> tuple[Quality, list[RowAnswer]]:
         """Quality on held-out rows, and every answer where rows have one."""
 
-    def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
-        """Write the runtimes' configurations into a bundle's folder."""
+    def describe(
+        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+    ) -> None:
+        """Write the runtimes' configurations into a bundle's folder. models: graph → its file. inputs: of the last graph."""
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Any]) -> list[GoldenCase]:
         """What the shipped function answers on some rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,9 @@ class TextClassification:
     ort_class = "ORTModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     metrics = ("accuracy", "macro_f1")
+    graphs: Mapping[str, str] = {"model": ""}
 
-    def __init__(self, labels: LabelSet, *, class_weights: str) -> None:
+    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None:
         """class_weights: none or balanced."""
         self.set = labels
         self.labels = Labels(labels.names, labels.several)
@@ -88,9 +89,11 @@ class TextClassification:
         """Accuracy, macro-F1, calibration."""
         return measure_labels(runner, rows, self.labels, how)
 
-    def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
+    def describe(
+        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+    ) -> None:
         """For transformers.js and optimum; onnxruntime-genai runs no classifiers."""
-        write_config(merged, folder, model)
+        write_config(merged, folder, models)
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Labelled]) -> list[GoldenCase]:
         """The likeliest labels of some texts: one position each."""

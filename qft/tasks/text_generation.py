@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,9 @@ class TextGeneration:
     ort_class = "ORTModelForCausalLM"
     peft_type = "CAUSAL_LM"
     metrics = ("accuracy", "perplexity")
+    graphs: Mapping[str, str] = {"model": ""}
 
-    def __init__(self, labels: LabelSet, *, class_weights: str) -> None:
+    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None:
         """Labels, where rows have them, are answers like others."""
 
     def check_base(self, folder: Path) -> None:
@@ -86,9 +87,11 @@ class TextGeneration:
         """Exact answers where rows have labels, perplexity."""
         return measure(runner, rows, tokenizer, how)
 
-    def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
+    def describe(
+        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+    ) -> None:
         """For transformers.js, optimum and onnxruntime-genai."""
-        write_decoder_configs(merged, folder, Decoder(model, inputs, tokenizer.stop_ids, tokenizer.pad_id))
+        write_decoder_configs(merged, folder, Decoder(models["model"], inputs, tokenizer.stop_ids, tokenizer.pad_id))
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Encoded]) -> list[GoldenCase]:
         """Greedy answers. Plain text has no prompt: its first half asks for the second."""

@@ -59,9 +59,9 @@ class CausalForward:
         return Validation(sum(row_nats) / sum(counts), 100 * right / sum(counts), row_nats)
 
     @torch.no_grad()
-    def feed(self, model: Any, row: Encoded) -> None:
-        """One row alone; the head sees one position of it."""
-        prefill(model, [row.input_ids], self.pad_id, keep=1)
+    def feed(self, model: Any, row: Encoded) -> Tensor:
+        """One row alone; the head sees the last position of it, which depends on all others."""
+        return prefill(model, [row.input_ids], self.pad_id, keep=1).logits
 
     @torch.no_grad()
     def ask(self, model: Any, rows: Sequence[Encoded], *, on_progress: OnProgress = silent) -> Teacher:

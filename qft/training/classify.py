@@ -133,9 +133,9 @@ class ClassifierForward:
         return Validation(sum(row_nats) / len(rows), 100 * right / len(rows), row_nats)
 
     @torch.no_grad()
-    def feed(self, model: Any, row: Labelled) -> None:
+    def feed(self, model: Any, row: Labelled) -> Tensor:
         """One row alone."""
-        label_logits(model, [row.input_ids], self.pad_id)
+        return label_logits(model, [row.input_ids], self.pad_id)
 
     @torch.no_grad()
     def ask(self, model: Any, rows: Sequence[Labelled], *, on_progress: OnProgress = silent) -> dict[Any, Tensor]:

@@ -39,8 +39,8 @@ class Forward(Protocol):
     def validate(self, model: Any, rows: Sequence[Any], batch_size: int) -> Validation:
         """Loss and right answers on held-out rows; leaves the model in training mode."""
 
-    def feed(self, model: Any, row: Any) -> None:
-        """One row alone, without padding, for whoever watches the model's layers meanwhile."""
+    def feed(self, model: Any, row: Any) -> Tensor:
+        """Logits of one row alone, without padding, for whoever watches the model's layers meanwhile."""
 
     def ask(self, model: Any, rows: Sequence[Any], *, on_progress: OnProgress) -> Any:
         """What the model says about every row, each fed alone as in `feed`."""

@@ -20,11 +20,12 @@ def attach(
     dropout: float,
     target_modules: str | list[str],
     seed: int,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
 ) -> Any:
     """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names.
 
-    task_type: PEFT's name of the task; with SEQ_CLS the head over labels learns too, whole, and is saved with the adapter.
+    task_type: PEFT's name of the task, None for a model whose inputs PEFT's classes do not know. With SEQ_CLS the head over
+    labels learns too, whole, and is saved with the adapter.
     """
     quiet_transformers()
     from peft import LoraConfig, get_peft_model

@@ -113,7 +113,7 @@ def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(finished: Path) ->
 
     cases = from_manifest(bundle.manifest)
     assert len(cases) == 8
-    agreement = check_cases(Runner(model, 2), cases, stop_ids=bundle.tokenizer.stop_ids)
+    agreement = check_cases(Runner(model, 2), cases, folder=bundle.folder, stop_ids=bundle.tokenizer.stop_ids)
     assert agreement.agrees, agreement
     assert model.generation_config.eos_token_id in (2, [2])
 
@@ -149,7 +149,9 @@ def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished
             parameters.set_search_options(max_length=longest, do_sample=False)
             return genai.Generator(model, parameters)
 
-    agreement = check_cases(Runner(), from_manifest(bundle.manifest), stop_ids=bundle.tokenizer.stop_ids)
+    agreement = check_cases(
+        Runner(), from_manifest(bundle.manifest), folder=bundle.folder, stop_ids=bundle.tokenizer.stop_ids
+    )
     assert agreement.agrees, agreement
 
 

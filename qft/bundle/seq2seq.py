@@ -1,0 +1,180 @@
+"""Encoder-decoders: teacher-forced logits and greedy answers of a source, under onnxruntime or whatever else computes them.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+
+from qft.bundle.session import open_session
+from qft.data.audio import Clip, log_mel, samples
+from qft.data.sequences import Given, Source
+from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
+
+_AT_A_TIME = 4  # sources: attention over Whisper's 1,500 positions takes 54 MB a layer of each
+
+
+class Network(Protocol):
+    """The two halves of a model. A state is what the encoder makes of one source; a cache is the network's own affair."""
+
+    def encode(self, sources: Sequence[Source]) -> list[Any]:
+        """Each source's state."""
+
+    def decode(self, ids: np.ndarray, states: Sequence[Any], cache: Any) -> tuple[np.ndarray, Any]:
+        """Feed int64 (rows, width) after what the cache holds (None: nothing); float32 logits (rows, width, vocabulary)."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a model never writes, as its generation_config says: ids never chosen, and ids not chosen first."""
+
+    never: tuple[int, ...] = ()
+    not_first: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, generation: dict[str, Any]) -> Rules:
+        """As a generation_config says."""
+        return cls(tuple(generation.get("suppress_tokens") or ()), tuple(generation.get("begin_suppress_tokens") or ()))
+
+    def choose(self, logits: np.ndarray, *, first: bool) -> list[int]:
+        """The likeliest allowed id of each row of logits (rows, vocabulary)."""
+        allowed = logits.copy()
+        allowed[:, list(self.never)] = -np.inf
+        if first:
+            allowed[:, list(self.not_first)] = -np.inf
+        return allowed.argmax(-1).tolist()
+
+
+class Seq2SeqRunner:
+    """Runs a network over rows of `Given`. The states of the sources asked about last are kept for the next question."""
+
+    def __init__(self, network: Network, rules: Rules) -> None:
+        self.network = network
+        self.rules = rules
+        self._states: dict[Source, Any] = {}
+
+    def logits(self, rows: Sequence[Given], keep: int) -> np.ndarray:
+        """float32 (rows, keep, vocabulary): logits at the last `keep` positions of every row; before a short row's are zeros."""
+        states, parts = self._encoded([row.source for row in rows]), []
+        for start in range(0, len(rows), _AT_A_TIME):
+            some = rows[start : start + _AT_A_TIME]
+            width = max(map(len, some))
+            ids = np.array([[*row.ids, *[row.ids[-1]] * (width - len(row))] for row in some], dtype=np.int64)
+            found, _ = self.network.decode(ids, [states[row.source] for row in some], None)
+            for row, values in zip(some, found, strict=True):
+                kept = values[max(0, len(row) - keep) : len(row)]
+                parts.append(np.pad(kept, ((keep - len(kept), 0), (0, 0))))
+        return np.stack(parts)
+
+    def generate(self, prompts: Sequence[Given], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        """Greedy answers; each ends with its stop token if one came. All prompts are of one length."""
+        states, out = self._encoded([prompt.source for prompt in prompts]), []
+        for start in range(0, len(prompts), _AT_A_TIME):
+            some = prompts[start : start + _AT_A_TIME]
+            out += self._written(some, [states[p.source] for p in some], max_new_tokens, stop_ids)
+        return out
+
+    def _written(
+        self, prompts: Sequence[Given], states: list[Any], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        out: list[list[int]] = [[] for _ in prompts]
+        ids, cache = np.array([prompt.ids for prompt in prompts], dtype=np.int64), None
+        for count in range(max_new_tokens):
+            logits, cache = self.network.decode(ids, states, cache)
+            tokens = self.rules.choose(logits[:, -1], first=count == 0)
+            for row, token in zip(out, tokens, strict=True):
+                if not row or row[-1] not in stop_ids:
+                    row.append(token)
+            if all(row[-1] in stop_ids for row in out):
+                break
+            ids = np.array(tokens, dtype=np.int64)[:, None]
+        return out
+
+    def _encoded(self, sources: Sequence[Source]) -> dict[Source, Any]:
+        self._states = {source: self._states[source] for source in sources if source in self._states}
+        missing = [source for source in dict.fromkeys(sources) if source not in self._states]
+        for start in range(0, len(missing), _AT_A_TIME):
+            some = missing[start : start + _AT_A_TIME]
+            self._states |= zip(some, self.network.encode(some), strict=True)
+        return self._states
+
+
+def speech_prompt(tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """What an English Whisper's decoder begins with: a transcript without timestamps. Raises InputError for another model."""
+    found = [tokenizer.token_id(name) for name in ("<|startoftranscript|>", "<|notimestamps|>")]
+    if None in found:
+        raise InputError("the tokenizer is not Whisper's", where="model")
+    return tuple(number for number in found if number is not None)
+
+
+Reader = Callable[[Sequence[Source]], dict[str, np.ndarray]]  # sources → what the encoder is fed, by name
+
+
+@dataclass(frozen=True)
+class SpeechReader:
+    """Clips of at most `seconds` → input_features, float32 (clips, mel bins, 100 · seconds)."""
+
+    mel_bins: int
+    seconds: int
+
+    @classmethod
+    def load(cls, folder: Path) -> SpeechReader:
+        """As a bundle's preprocessor_config.json says."""
+        found = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        return cls(found["feature_size"], found["chunk_length"])
+
+    def __call__(self, sources: Sequence[Source]) -> dict[str, np.ndarray]:
+        clips = [source for source in sources if isinstance(source, Clip)]
+        return {"input_features": np.stack([log_mel(samples(clip), self.mel_bins, self.seconds) for clip in clips])}
+
+
+class OnnxNetwork:
+    """An encoder and a merged decoder with past, as optimum exports them."""
+
+    def __init__(
+        self, encoder: Path, decoder: Path, *, reader: Reader, threads: int = 0, provider: str = "cpu"
+    ) -> None:
+        """Raises InputError as `open_session` does."""
+        self.encoder, self.threads = open_session(encoder, threads=threads, provider=provider)
+        self.decoder, _ = open_session(decoder, threads=threads, provider=provider)
+        self.reader = reader
+        self._outputs = [o.name for o in self.decoder.get_outputs()]
+        self._past = {i.name: i.shape for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")}
+        self._inputs = {i.name for i in self.decoder.get_inputs()}
+
+    def encode(self, sources: Sequence[Source]) -> list[np.ndarray]:
+        """float32 (positions, width) of each."""
+        return list(self.encoder.run(["last_hidden_state"], self.reader(sources))[0])
+
+    def decode(self, ids: np.ndarray, states: Sequence[np.ndarray], cache: Any) -> tuple[np.ndarray, Any]:
+        """See `Network`. cache: OrtValues by the name of their input, and what the decoder reads of the encoder."""
+        if cache is None:
+            hidden = ort.OrtValue.ortvalue_from_numpy(np.stack(states))
+            empty = {n: np.zeros((len(ids), s[1], 0, s[3]), np.float32) for n, s in self._past.items()}
+            past = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
+        else:
+            hidden, past = cache
+        feed = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(ids),
+            "encoder_hidden_states": hidden,
+            "use_cache_branch": ort.OrtValue.ortvalue_from_numpy(np.array([cache is not None])),
+            **past,
+        }
+        found = dict(zip(self._outputs, self.decoder.run_with_ort_values(self._outputs, feed), strict=True))
+        grown = {
+            # The branch that reads the cache gives the encoder's part of it back empty: it never changes.
+            name: past[name]
+            if cache is not None and ".encoder." in name
+            else found[name.replace("past_key_values", "present")]
+            for name in self._past
+        }
+        return found["logits"].numpy().astype(np.float32, copy=False), (hidden, grown)

@@ -1,0 +1,107 @@
+"""Rows for encoder-decoders: what the encoder reads, and what the decoder is fed and is to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from qft.data.audio import RATE, Clip, samples
+from qft.data.encode import EncodeCounts
+from qft.data.examples import Example
+from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
+from qft.progress import OnProgress, Progress, silent
+
+Source = Clip | tuple[int, ...]  # speech, or the token ids of a text
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a runner is given: a source, and the ids its decoder has so far. As long as those; `+` appends to them."""
+
+    source: Source
+    ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __add__(self, more: Sequence[int]) -> Given:
+        return Given(self.source, (*self.ids, *more))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source and its text. input_ids: what the decoder is fed and is to write, prompt, answer and end token.
+
+    answer_start: where the answer begins; all of it is in the loss.
+    """
+
+    source: Source
+    input_ids: tuple[int, ...]
+    answer_start: int
+    text: str
+    where: str
+
+    @property
+    def targets(self) -> int:
+        """Tokens of the answer with its end."""
+        return len(self.input_ids) - self.answer_start
+
+    @property
+    def fed(self) -> Given:
+        """What the decoder is fed to predict every target."""
+        return Given(self.source, self.input_ids[:-1])
+
+    @property
+    def prompt(self) -> Given:
+        """What an answer is generated from."""
+        return Given(self.source, self.input_ids[: self.answer_start])
+
+    def as_dict(self) -> dict:
+        """For a JSON line."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(line: dict) -> Pair:
+        """Undo `as_dict`."""
+        source = line["source"]
+        source = Clip(**source) if isinstance(source, dict) else tuple(source)
+        return Pair(source, tuple(line["input_ids"]), line["answer_start"], line["text"], line["where"])
+
+
+def pair_speech(
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    prompt: Sequence[int],
+    *,
+    seconds: int,
+    max_length: int,
+    on_progress: OnProgress = silent,
+) -> tuple[list[Pair], EncodeCounts]:
+    """Encode every transcribed clip; those longer than `seconds`, or whose text is longer than `max_length`, are dropped: a part of
+    the sound would go with the whole of the text.
+
+    prompt: what the decoder begins with. Raises InputError if a clip cannot be read, or none is left.
+    """
+    rows: list[Pair] = []
+    for number, example in enumerate(examples):
+        if number % 100 == 0:
+            on_progress(Progress("read the clips", number, len(examples), "clips"))
+        if example.clip is None:
+            raise InputError(
+                "the rows name no sound files",
+                where=example.where,
+                hint="automatic-speech-recognition needs a column of paths, data.audio_column, beside the text",
+            )
+        text = example.answer().strip()
+        ids = (*prompt, *tokenizer.encode(f" {text}"), tokenizer.eos_id)
+        if len(ids) <= max_length and 0 < len(samples(example.clip)) <= seconds * RATE:
+            rows.append(Pair(example.clip, ids, len(prompt), text, example.where))
+    if examples and not rows:
+        raise InputError(
+            f"none of the {len(examples)} clips can be used: they are empty, longer than {seconds} s, or their text is too long",
+            where="training.max_length",
+            hint="speech.window_seconds is how long a clip may be",
+        )
+    tokens, targets = sum(len(row.input_ids) for row in rows), sum(row.targets for row in rows)
+    return rows, EncodeCounts(0, len(examples) - len(rows), 0, tokens, targets)

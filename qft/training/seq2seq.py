@@ -1,0 +1,140 @@
+"""Encoder-decoders: a row is a source and the text to write for it, targets are the text's tokens and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from qft.bundle.seq2seq import Reader
+from qft.data.sequences import Pair, Source
+from qft.progress import OnProgress, Progress, silent
+from qft.training.forward import Validation
+
+_TOGETHER = 8  # rows of a forward pass without gradients: an encoder's state may be larger than all else
+
+
+@dataclass(frozen=True)
+class Seq2SeqForward:
+    """`Forward` for an encoder-decoder. reader_of: the model's reader.
+
+    A teacher is a dict: row → log probabilities, float16 (targets, vocabulary).
+    """
+
+    reader_of: Callable[[Any], Reader]
+
+    def start(
+        self,
+        model: Any,
+        rows: Sequence[Pair],
+        validation: Sequence[Pair],
+        *,
+        batch_size: int,
+        on_progress: OnProgress = silent,
+    ) -> bool:
+        """Nothing is new."""
+        return False
+
+    def loss(self, model: Any, rows: Sequence[Pair]) -> Tensor:
+        """Sum of the cross entropy over target tokens, float32."""
+        return cross_entropy(torch.cat(self._logits(model, rows)), _targets(model, rows), reduction="sum")
+
+    @torch.no_grad()
+    def validate(self, model: Any, rows: Sequence[Pair], batch_size: int) -> Validation:
+        """Loss and right tokens on held-out rows; leaves the model in training mode."""
+        model.eval()
+        row_nats, right = [], 0
+        for start in range(0, len(rows), min(batch_size, _TOGETHER)):
+            some = rows[start : start + min(batch_size, _TOGETHER)]
+            logits, targets = torch.cat(self._logits(model, some)), _targets(model, some)
+            nats = cross_entropy(logits, targets, reduction="none")
+            row_nats += [float(part.sum()) for part in nats.split([row.targets for row in some])]
+            right += int((logits.argmax(-1) == targets).sum())
+        model.train()
+        count = sum(row.targets for row in rows)
+        return Validation(sum(row_nats) / count, 100 * right / count, row_nats)
+
+    @torch.no_grad()
+    def feed(self, model: Any, row: Pair) -> Tensor:
+        """One row alone."""
+        return self._logits(model, [row])[0]
+
+    @torch.no_grad()
+    def ask(self, model: Any, rows: Sequence[Pair], *, on_progress: OnProgress = silent) -> dict[Pair, Tensor]:
+        """The probability of every token at every target: answers are short."""
+        said = {}
+        for number, row in enumerate(rows):
+            on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
+            said[row] = self._logits(model, [row])[0].log_softmax(-1).half().cpu()
+        return said
+
+    def divergence(self, model: Any, rows: Sequence[Pair], teacher: dict[Pair, Tensor]) -> Tensor:
+        """Sum of KL(teacher ‖ model) over targets, nats, float32."""
+        theirs = torch.cat([teacher[row] for row in rows]).to(model.device).float()
+        ours = torch.cat(self._logits(model, rows)).log_softmax(-1)
+        return (theirs.exp() * (theirs - ours)).sum()
+
+    def drawn_log_p(self, model: Any, row: Pair, chance: torch.Generator) -> tuple[Tensor, int]:
+        """Of a token drawn at each target."""
+        log_p = self._logits(model, [row])[0].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
+        return log_p.gather(-1, drawn.to(log_p.device)).sum(), row.targets
+
+    def _logits(self, model: Any, rows: Sequence[Pair]) -> list[Tensor]:
+        """float32 (targets, vocabulary) of each row: what is said where a target follows."""
+        fed = [row.fed.ids for row in rows]
+        width = max(map(len, fed))
+        # Rows are filled up on the right, where a causal decoder never looks from.
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in fed], device=model.device)
+        sources = as_tensors(self.reader_of(model)([row.source for row in rows]), model)
+        logits = model(**sources, decoder_input_ids=ids, use_cache=False).logits
+        return [
+            found[row.answer_start - 1 : len(row.input_ids) - 1].float()
+            for row, found in zip(rows, logits, strict=True)
+        ]
+
+
+def as_tensors(fed: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
+    """On the model's device, floats in its type."""
+    tensors = {name: torch.from_numpy(values).to(model.device) for name, values in fed.items()}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _targets(model: Any, rows: Sequence[Pair]) -> Tensor:
+    return torch.tensor([token for row in rows for token in row.input_ids[row.answer_start :]], device=model.device)
+
+
+class TorchNetwork:
+    """A Hugging Face encoder-decoder as `Seq2SeqRunner` asks it; leaves its train/eval mode as it was."""
+
+    def __init__(self, model: Any, reader: Reader) -> None:
+        self.model = model
+        self.reader = reader
+
+    @torch.no_grad()
+    def encode(self, sources: Sequence[Source]) -> list[Tensor]:
+        """(positions, width) of each."""
+        was_training = self.model.training
+        self.model.eval()
+        states = self.model.get_encoder()(**as_tensors(self.reader(sources), self.model)).last_hidden_state
+        self.model.train(was_training)
+        return list(states)
+
+    @torch.no_grad()
+    def decode(self, ids: np.ndarray, states: Sequence[Tensor], cache: Any) -> tuple[np.ndarray, Any]:
+        """See `Network`. cache: transformers' own."""
+        was_training = self.model.training
+        self.model.eval()
+        out = self.model(
+            encoder_outputs=(torch.stack(list(states)),),
+            decoder_input_ids=torch.from_numpy(ids).to(self.model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        self.model.train(was_training)
+        return out.logits.float().cpu().numpy(), out.past_key_values
