@@ -144,6 +144,59 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Whisper with random weights that hears two seconds, and a tokenizer of bytes with Whisper's special tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-whisper"
+    folder.mkdir()
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*letters, *special])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    end, start, plain = (vocabulary[token] for token in special)
+    torch.manual_seed(0)
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    sizes = {
+        f"{side}_{key}": n
+        for side in ("encoder", "decoder")
+        for key, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 128))
+    }
+    config = WhisperConfig(
+        vocab_size=len(vocabulary),
+        d_model=64,
+        max_source_positions=100,
+        max_target_positions=64,
+        init_std=0.1,
+        **sizes,
+        **ids,
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        **ids, suppress_tokens=[1, 2], begin_suppress_tokens=[end], no_timestamps_token_id=plain, is_multilingual=False,
+        return_timestamps=False,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "feature_extractor_type": "WhisperFeatureExtractor",
+                "feature_size": 80,
+                "chunk_length": 2,
+                "sampling_rate": 16000,
+            }
+        )
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reviews() -> list[dict[str, str]]:
     """108 short reviews with their labels."""
     return [

@@ -160,7 +160,8 @@ def test_stages_stand_on_stages_before_them() -> None:
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
     "data.columns": ["a"], "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
-    "data.system": "a", "data.label_separator": ";", "speech.window_seconds": 3, "data.group_column": "a", "data.audio_column": "a", "data.audio_folder": "a",
+    "data.system": "a", "data.label_separator": ";", "data.group_column": "a",
+    "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3,
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,8 @@ def export_float(
     quiet_transformers()
     from optimum.exporters.onnx import main_export
 
+    # A speech encoder's window is fixed, two frames a position; other models do not look at this.
+    positions = json.loads((folder / "config.json").read_text("utf-8")).get("max_source_positions", 0)
     on_progress(Progress("export through optimum", 0))
     with TemporaryDirectory(prefix="qft-export-", dir=target) as scratch:
         noise = io.StringIO()  # the tracer prints to both streams
@@ -40,6 +43,7 @@ def export_float(
                     library_name="transformers",
                     local_files_only=True,
                     trust_remote_code=False,
+                    **({"nb_max_frames": 2 * positions} if positions else {}),
                 )
         except Exception as error:  # optimum raises many kinds; the user needs the reason, and --debug shows the rest
             raise StageError(f"optimum cannot export this model: {error}", hint="--debug shows where") from error

@@ -86,12 +86,13 @@ def _moves_watched(model: Any, fitted: dict[str, Fitted]) -> Iterator[dict[str, 
             def take(gradient: Tensor) -> None:
                 moves[name] = float(((gradient @ moved.to(gradient.dtype)).float() * x).sum())
 
+            if not output.requires_grad:
+                output.requires_grad_()  # the first layers of a frozen model: nothing before them asks for gradients
             output.register_hook(take)
 
         return watch
 
     model.requires_grad_(False)
-    model.enable_input_require_grads()  # so that gradients flow through a frozen model
     linears = decoder_linears(model)
     handles = []
     for name, found in fitted.items():
@@ -103,4 +104,3 @@ def _moves_watched(model: Any, fitted: dict[str, Fitted]) -> Iterator[dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-        model.disable_input_require_grads()
