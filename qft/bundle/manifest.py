@@ -12,9 +12,9 @@ from qft.bundle.assets import read_generation
 from qft.bundle.classifier import Labels, OnnxClassifier
 from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, speech_prompt
 from qft.bundle.session import OnnxRunner
-from qft.data.audio import cut, find_clip
+from qft.data.audio import Clip, cut
 from qft.data.labelled import shortened
-from qft.data.sequences import Given
+from qft.data.sequences import MOST_TOKENS, Given
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError, Problem
 from qft.files import inside, sha256_file, write_json
@@ -137,13 +137,11 @@ class Bundle:
 
     def transcribe(self, paths: list[str], runner: Seq2SeqRunner) -> list[Answer]:
         """What is said in each sound file; long ones are cut at quiet places and put together again."""
-        prompt, stops, most = speech_prompt(self.tokenizer), self.tokenizer.stop_ids, self.manifest["max_length"]
+        prompt, stops = speech_prompt(self.tokenizer), self.tokenizer.stop_ids
+        most = min(self.manifest["max_length"], MOST_TOKENS) - len(prompt)
         answers = []
         for path in paths:
-            clips = [
-                Given(clip, prompt)
-                for clip in cut(find_clip(Path.cwd(), path, "on the command line"), self.reader.seconds)
-            ]
+            clips = [Given(clip, prompt) for clip in cut(Clip(path), self.reader.seconds)]
             written = [runner.generate([clip], max_new_tokens=most, stop_ids=stops)[0] for clip in clips]
             text = " ".join(self.tokenizer.decode(ids).strip() for ids in written)
             answers.append(Answer(text, all(ids[-1] in stops for ids in written), sum(map(len, written))))

@@ -12,6 +12,8 @@ from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.progress import OnProgress, Progress, silent
 
+MOST_TOKENS = 448  # positions of every Whisper's decoder
+
 Source = Clip | tuple[int, ...]  # speech, or the token ids of a text
 
 
@@ -95,7 +97,7 @@ def pair_speech(
             )
         text = example.answer().strip()
         ids = (*prompt, *tokenizer.encode(f" {text}"), tokenizer.eos_id)
-        if len(ids) <= max_length and 0 < len(samples(example.clip)) <= seconds * RATE:
+        if len(ids) <= min(max_length, MOST_TOKENS) and 0 < len(samples(example.clip)) <= seconds * RATE:
             rows.append(Pair(example.clip, ids, len(prompt), text, example.where))
     if examples and not rows:
         raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qft.bundle.seq2seq import Seq2SeqRunner
-from qft.data.sequences import Pair
+from qft.data.sequences import MOST_TOKENS, Pair
 from qft.data.tokenizer import TextTokenizer
 from qft.measure.agreement import log_softmax
 from qft.measure.english import normalized
@@ -22,7 +22,8 @@ def measure_transcripts(
 ) -> tuple[Quality, list[RowAnswer]]:
     """Measure every row: loss of the expected text, and what is written instead where that is not the likeliest one."""
     answers: list[RowAnswer] = []
-    hits, most = 0, max(row.targets for row in rows) + how.extra_tokens
+    hits, longest = 0, max(row.targets for row in rows) + how.extra_tokens
+    most = min(longest, MOST_TOKENS - rows[0].answer_start)
     for start in range(0, len(rows), min(_ROWS, how.batch_size)):
         some = rows[start : start + min(_ROWS, how.batch_size)]
         logits = runner.logits([row.fed for row in some], max(row.targets for row in some))

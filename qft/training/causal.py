@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from qft.data.encode import Encoded
-from qft.measure.agreement import TOP
 from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
-from qft.training.distill import Teacher, TopDivergence, log_rest
+from qft.training.distill import Teacher, TopDivergence, teach
 from qft.training.forward import Validation
 from qft.training.runner import prefill
 
@@ -66,18 +65,13 @@ class CausalForward:
     @torch.no_grad()
     def ask(self, model: Any, rows: Sequence[Encoded], *, on_progress: OnProgress = silent) -> Teacher:
         """The likeliest tokens at every position of every row."""
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        starts: dict[tuple[int, ...], int] = {}
-        position = 0
-        for number, row in enumerate(rows):
-            on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
-            (logits,) = self._all_logits(model, [row])
-            log_p, ids = torch.log_softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1]), dim=-1)
-            parts.append((ids.int().cpu(), log_p.half().cpu(), log_rest(log_p).half().cpu()))
-            starts[row.input_ids] = position
-            position += len(row.input_ids)
-        ids, log_p, rest = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Teacher(ids, log_p, rest, starts)
+
+        def said() -> Iterator[tuple[tuple[int, ...], Tensor]]:
+            for number, row in enumerate(rows):
+                on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
+                yield row.input_ids, self._all_logits(model, [row])[0]
+
+        return teach(said())
 
     def divergence(self, model: Any, rows: Sequence[Encoded], teacher: Teacher) -> Tensor:
         """Sum over the rows of KL(teacher ‖ model), nats, float32.
@@ -88,10 +82,8 @@ class CausalForward:
         """
         total = torch.zeros((), device=model.device)
         for row, logits in zip(rows, self._all_logits(model, rows), strict=True):
-            start = teacher.starts[row.input_ids]
-            span = slice(start, start + len(row.input_ids) - 1)  # nothing follows the last token
-            said = [t[span].to(logits.device) for t in (teacher.ids, teacher.log_p, teacher.rest)]
-            divergence = TopDivergence.apply(logits[:-1].float(), said[0].long(), said[1].float(), said[2].float())
+            said = teacher.said(row.input_ids, len(row.input_ids) - 1, logits.device)  # nothing follows the last token
+            divergence = TopDivergence.apply(logits[:-1].float(), *said)
             target = torch.tensor(row.in_loss[1:], device=logits.device)
             count = int(target.sum())
             if count == len(target):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qft.measure.agreement import TOP
 
 
 @dataclass(frozen=True)
@@ -14,13 +17,33 @@ class Teacher:
     """What the tuned model says at every position of some rows.
 
     ids: int32 and log_p: float16 (positions, TOP); rest: float16 (positions,), the log of all other tokens' share.
-    starts: first position of each row. 392 bytes a position instead of 196,608 for 49,152 float32 logits.
+    starts: first position of each row, by what the row is known by. 392 bytes a position instead of 196,608 for 49,152 float32 logits.
     """
 
     ids: Tensor
     log_p: Tensor
     rest: Tensor
-    starts: dict[tuple[int, ...], int]
+    starts: dict[Hashable, int]
+
+    def said(self, row: Hashable, positions: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, int64, log_p and rest, float32, at a row's first positions."""
+        span = slice(self.starts[row], self.starts[row] + positions)
+        ids, log_p, rest = (t[span].to(device) for t in (self.ids, self.log_p, self.rest))
+        return ids.long(), log_p.float(), rest.float()
+
+
+def teach(said: Iterable[tuple[Hashable, Tensor]]) -> Teacher:
+    """Keep what a model said. said: pairs of what a row is known by and its logits (positions, vocabulary)."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    starts: dict[Hashable, int] = {}
+    position = 0
+    for row, logits in said:
+        log_p, ids = torch.log_softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1]), dim=-1)
+        parts.append((ids.int().cpu(), log_p.half().cpu(), log_rest(log_p).half().cpu()))
+        starts[row] = position
+        position += len(logits)
+    ids, log_p, rest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Teacher(ids, log_p, rest, starts)
 
 
 def log_rest(log_p: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from qft.bundle.seq2seq import Reader
 from qft.data.sequences import Pair, Source
 from qft.progress import OnProgress, Progress, silent
+from qft.training.distill import Teacher, TopDivergence, teach
 from qft.training.forward import Validation
 
 _TOGETHER = 8  # rows of a forward pass without gradients: an encoder's state may be larger than all else
@@ -21,10 +22,7 @@ _TOGETHER = 8  # rows of a forward pass without gradients: an encoder's state ma
 
 @dataclass(frozen=True)
 class Seq2SeqForward:
-    """`Forward` for an encoder-decoder. reader_of: the model's reader.
-
-    A teacher is a dict: row → log probabilities, float16 (targets, vocabulary).
-    """
+    """`Forward` for an encoder-decoder. reader_of: the model's reader."""
 
     reader_of: Callable[[Any], Reader]
 
@@ -65,19 +63,22 @@ class Seq2SeqForward:
         return self._logits(model, [row])[0]
 
     @torch.no_grad()
-    def ask(self, model: Any, rows: Sequence[Pair], *, on_progress: OnProgress = silent) -> dict[Pair, Tensor]:
-        """The probability of every token at every target: answers are short."""
-        said = {}
-        for number, row in enumerate(rows):
-            on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
-            said[row] = self._logits(model, [row])[0].log_softmax(-1).half().cpu()
-        return said
+    def ask(self, model: Any, rows: Sequence[Pair], *, on_progress: OnProgress = silent) -> Teacher:
+        """The likeliest tokens at every target of every row."""
 
-    def divergence(self, model: Any, rows: Sequence[Pair], teacher: dict[Pair, Tensor]) -> Tensor:
+        def said() -> Iterator[tuple[Pair, Tensor]]:
+            for number, row in enumerate(rows):
+                on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
+                yield row, self._logits(model, [row])[0]
+
+        return teach(said())
+
+    def divergence(self, model: Any, rows: Sequence[Pair], teacher: Teacher) -> Tensor:
         """Sum of KL(teacher ‖ model) over targets, nats, float32."""
-        theirs = torch.cat([teacher[row] for row in rows]).to(model.device).float()
-        ours = torch.cat(self._logits(model, rows)).log_softmax(-1)
-        return (theirs.exp() * (theirs - ours)).sum()
+        total = torch.zeros((), device=model.device)
+        for row, logits in zip(rows, self._logits(model, rows), strict=True):
+            total = total + TopDivergence.apply(logits, *teacher.said(row, row.targets, logits.device)).sum()
+        return total
 
     def drawn_log_p(self, model: Any, row: Pair, chance: torch.Generator) -> tuple[Tensor, int]:
         """Of a token drawn at each target."""
