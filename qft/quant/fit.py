@@ -32,15 +32,16 @@ class Fitted:
 def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
     """Name → linear layer inside the transformer's layers (its lists of modules): all but embedding and head.
 
-    An encoder-decoder has two lists; of more, the longest are the layers.
+    An encoder-decoder has two lists; of more, the longest are the layers. Lists inside of layers are not looked at.
     """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     wanted = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
-    chosen = sorted(lists, key=lambda pair: -len(pair[1]))[:wanted]
+    chosen = sorted(outer, key=lambda name: -len(lists[name]))[:wanted]
     return {
         f"{prefix}.{name}": m
-        for prefix, layers in chosen
-        for name, m in layers.named_modules()
+        for prefix in chosen
+        for name, m in lists[prefix].named_modules()
         if isinstance(m, torch.nn.Linear)
     }
 
