@@ -118,3 +118,26 @@ def test_a_graph_without_weights_is_refused(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "empty.onnx")
     with pytest.raises(StageError, match="no constant MatMul"):
         quantize_graph(tmp_path / "empty.onnx", tmp_path / "q.onnx", PLAN, {})
+
+
+def test_two_branches_share_what_is_stored(tied: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+    whole = onnx.load(tied[0])
+    arrays = [*whole.graph.initializer]
+    branch = onnx.helper.make_graph(list(whole.graph.node), "one", [], list(whole.graph.output))
+    other = onnx.GraphProto()
+    other.CopyFrom(branch)
+    for node in other.node:  # as optimum merges decoders: equal names for nodes, other names for values
+        node.input[:] = [f"{name}_2" if name in ("x", "y", "h", "t") else name for name in node.input]
+        node.output[:] = [f"{name}_2" if name != "logits" else name for name in node.output]
+    choose = onnx.helper.make_node("If", ["use_cache"], ["logits"], then_branch=branch, else_branch=other)
+    flag = onnx.helper.make_tensor_value_info("use_cache", onnx.TensorProto.BOOL, [1])
+    graph = onnx.helper.make_graph([choose], "merged", [*whole.graph.input, flag], list(whole.graph.output), arrays)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=whole.opset_import, ir_version=9), tmp_path / "if.onnx")
+    assert quantize_graph(tmp_path / "if.onnx", tmp_path / "q.onnx", PLAN, {}) == quantize_graph(
+        tied[0], tmp_path / "plain.onnx", PLAN, {}
+    )
+    ids = np.random.default_rng(0).integers(0, 96, (1, 7))
+    session = ort.InferenceSession(str(tmp_path / "q.onnx"))
+    for cached in (True, False):
+        (found,) = session.run(None, {"ids": ids, "use_cache": np.array([cached])})
+        np.testing.assert_array_equal(found, run(tmp_path / "plain.onnx", ids))

@@ -149,7 +149,6 @@ class OnnxNetwork:
         self.reader = reader
         self._outputs = [o.name for o in self.decoder.get_outputs()]
         self._past = {i.name: i.shape for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")}
-        self._inputs = {i.name for i in self.decoder.get_inputs()}
 
     def encode(self, sources: Sequence[Source]) -> list[np.ndarray]:
         """float32 (positions, width) of each."""
