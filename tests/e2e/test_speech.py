@@ -22,7 +22,7 @@ task: automatic-speech-recognition
 quantization: {{compute_dtype: float32}}
 speech: {{window_seconds: 2}}
 data: {{train: sounds/rows.jsonl, group_column: speaker, eval: 12, validation: 6}}
-training: {{epochs: 6, learning_rate: 5e-3, batch_size: 6, max_length: 16, evaluations: 2}}
+training: {{epochs: 4, learning_rate: 5e-3, batch_size: 6, max_length: 16, evaluations: 2}}
 fold: {{steps: 4, tokens: 100}}
 verify: {{rows: 4, quantized_top1: 0.5, quantized_kl: 2.0}}
 export: {{budget: {{max_worse: 60 points}}}}
