@@ -17,11 +17,12 @@ import torch
 
 from qft.base_ctranslate2 import convert_whisper, is_ctranslate2, read_variables
 from qft.base_model import check_transcribes, shorten_encoder
-from qft.bundle.seq2seq import Rules, Seq2SeqRunner, SpeechReader, speech_prompt
+from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, TextReader, speech_prompt
 from qft.data.audio import RATE, Clip, log_mel, samples
 from qft.data.sequences import Given, Pair
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
+from qft.graph.export_optimum import export_float
 from qft.measure.english import normalized
 from qft.measure.quality import higher_is_better
 from qft.measure.transcripts import error_percents
@@ -261,3 +262,54 @@ def test_the_package_transcribes_a_sentence() -> None:
     (ids,) = task.torch_runner(model, tokenizer).generate([prompt], max_new_tokens=64, stop_ids=tokenizer.stop_ids)
     said = "produced the block books, which were the immediate predecessors of the true printed book."
     assert tokenizer.decode(ids).strip() == said
+
+
+@pytest.fixture(scope="module")
+def translator() -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    model = T5ForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 3  # so that it says different things to different sources
+    return model
+
+
+def pairs() -> list[Pair]:
+    """Texts of uneven length with answers of uneven length."""
+    chance = np.random.default_rng(0)
+    made = []
+    for number in range(6):
+        source = tuple(chance.integers(2, 96, 3 + 2 * number).tolist())
+        made.append(Pair(source, (0, *chance.integers(2, 96, 7 - number).tolist(), 1), 1, "", f"row {number}"))
+    return made
+
+
+def test_a_text_can_be_the_source(translator: Any) -> None:
+    forward, expected = Seq2SeqForward(lambda _: TextReader(0)), 0.0
+    for row in pairs():
+        found = translator(input_ids=torch.tensor([row.source]), labels=torch.tensor([row.input_ids[1:]]))
+        expected += found.loss.item() * row.targets
+    assert forward.loss(translator, pairs()).item() == pytest.approx(expected, rel=1e-5)
+    runner = Seq2SeqRunner(TorchNetwork(translator, TextReader(0)), Rules())
+    ours = runner.generate([row.prompt for row in pairs()], max_new_tokens=6, stop_ids=(1,))
+    assert len({tuple(ids) for ids in ours}) > 1
+    for row, ids in zip(pairs(), ours, strict=True):
+        theirs = translator.generate(torch.tensor([row.source]), max_new_tokens=6, do_sample=False, num_beams=1)
+        assert ids == theirs[0, 1:].tolist()[: len(ids)]
+
+
+def test_a_text_is_answered_alike_under_onnxruntime(translator: Any, tmp_path: Path) -> None:
+    translator.save_pretrained(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    graphs = ("encoder_model", "decoder_model_merged")
+    export_float(tmp_path, tmp_path / "onnx", graphs=graphs, export_task="text2text-generation-with-past")
+    encoder, decoder = (tmp_path / f"onnx/{graph}.onnx" for graph in graphs)
+    shipped = Seq2SeqRunner(OnnxNetwork(encoder, decoder, reader=TextReader(0)), Rules())
+    tuned = Seq2SeqRunner(TorchNetwork(translator, TextReader(0)), Rules())
+    fed, prompts = [row.fed for row in pairs()], [row.prompt for row in pairs()]
+    np.testing.assert_allclose(shipped.logits(fed, 8), tuned.logits(fed, 8), atol=2e-3)  # weights are large: float32
+    found = [runner.generate(prompts, max_new_tokens=6, stop_ids=(1,)) for runner in (shipped, tuned)]
+    assert found[0] == found[1]

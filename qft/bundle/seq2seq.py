@@ -137,6 +137,20 @@ class SpeechReader:
         return {"input_features": np.stack([log_mel(samples(clip), self.mel_bins, self.seconds) for clip in clips])}
 
 
+@dataclass(frozen=True)
+class TextReader:
+    """Token ids → input_ids and attention_mask, int64 (texts, longest), filled up on the right."""
+
+    pad_id: int
+
+    def __call__(self, sources: Sequence[Source]) -> dict[str, np.ndarray]:
+        texts = [source for source in sources if isinstance(source, tuple)]
+        width = max(map(len, texts))
+        ids = [[*text, *[self.pad_id] * (width - len(text))] for text in texts]
+        mask = [[1] * len(text) + [0] * (width - len(text)) for text in texts]
+        return {"input_ids": np.array(ids, dtype=np.int64), "attention_mask": np.array(mask, dtype=np.int64)}
+
+
 class OnnxNetwork:
     """An encoder and a merged decoder with past, as optimum exports them."""
 
@@ -148,24 +162,32 @@ class OnnxNetwork:
         self.decoder, _ = open_session(decoder, threads=threads, provider=provider)
         self.reader = reader
         self._outputs = [o.name for o in self.decoder.get_outputs()]
+        self._inputs = {i.name for i in self.decoder.get_inputs()}
         self._past = {i.name: i.shape for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")}
 
     def encode(self, sources: Sequence[Source]) -> list[np.ndarray]:
-        """float32 (positions, width) of each."""
-        return list(self.encoder.run(["last_hidden_state"], self.reader(sources))[0])
+        """float32 (positions, width) of each, without those that only fill up."""
+        fed = self.reader(sources)
+        (hidden,) = self.encoder.run(["last_hidden_state"], fed)
+        lengths = fed["attention_mask"].sum(-1) if "attention_mask" in fed else [hidden.shape[1]] * len(hidden)
+        return [state[:length] for state, length in zip(hidden, lengths, strict=True)]
 
     def decode(self, ids: np.ndarray, states: Sequence[np.ndarray], cache: Any) -> tuple[np.ndarray, Any]:
         """See `Network`. cache: OrtValues by the name of their input, and what the decoder reads of the encoder."""
         if cache is None:
-            hidden = ort.OrtValue.ortvalue_from_numpy(np.stack(states))
+            of_encoder = {
+                name: ort.OrtValue.ortvalue_from_numpy(values)
+                for name, values in _side_by_side(states).items()
+                if name in self._inputs
+            }
             empty = {n: np.zeros((len(ids), s[1], 0, s[3]), np.float32) for n, s in self._past.items()}
             past = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
         else:
-            hidden, past = cache
+            of_encoder, past = cache
         feed = {
             "input_ids": ort.OrtValue.ortvalue_from_numpy(ids),
-            "encoder_hidden_states": hidden,
             "use_cache_branch": ort.OrtValue.ortvalue_from_numpy(np.array([cache is not None])),
+            **of_encoder,
             **past,
         }
         found = dict(zip(self._outputs, self.decoder.run_with_ort_values(self._outputs, feed), strict=True))
@@ -176,4 +198,12 @@ class OnnxNetwork:
             else found[name.replace("past_key_values", "present")]
             for name in self._past
         }
-        return found["logits"].numpy().astype(np.float32, copy=False), (hidden, grown)
+        return found["logits"].numpy().astype(np.float32, copy=False), (of_encoder, grown)
+
+
+def _side_by_side(states: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """States filled up to the longest, float32 (rows, longest, width), and which positions are theirs, int64."""
+    longest = max(map(len, states))
+    padded = np.stack([np.pad(state, ((0, longest - len(state)), (0, 0))) for state in states])
+    mask = np.array([[1] * len(state) + [0] * (longest - len(state)) for state in states], dtype=np.int64)
+    return {"encoder_hidden_states": padded, "encoder_attention_mask": mask}

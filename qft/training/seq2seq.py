@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from qft.bundle.seq2seq import Reader
 from qft.data.sequences import Pair, Source
@@ -119,12 +120,14 @@ class TorchNetwork:
 
     @torch.no_grad()
     def encode(self, sources: Sequence[Source]) -> list[Tensor]:
-        """(positions, width) of each."""
+        """(positions, width) of each, without those that only fill up."""
         was_training = self.model.training
         self.model.eval()
-        states = self.model.get_encoder()(**as_tensors(self.reader(sources), self.model)).last_hidden_state
+        fed = as_tensors(self.reader(sources), self.model)
+        states = self.model.get_encoder()(**fed).last_hidden_state
         self.model.train(was_training)
-        return list(states)
+        lengths = fed["attention_mask"].sum(-1).tolist() if "attention_mask" in fed else [states.shape[1]] * len(states)
+        return [state[:length] for state, length in zip(states, lengths, strict=True)]
 
     @torch.no_grad()
     def decode(self, ids: np.ndarray, states: Sequence[Tensor], cache: Any) -> tuple[np.ndarray, Any]:
@@ -132,7 +135,8 @@ class TorchNetwork:
         was_training = self.model.training
         self.model.eval()
         out = self.model(
-            encoder_outputs=(torch.stack(list(states)),),
+            encoder_outputs=(pad_sequence(list(states), batch_first=True),),
+            attention_mask=pad_sequence([state.new_ones(len(state)) for state in states], batch_first=True),
             decoder_input_ids=torch.from_numpy(ids).to(self.model.device),
             past_key_values=cache,
             use_cache=True,
