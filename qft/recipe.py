@@ -72,8 +72,18 @@ class QuantizationKeys(_Section):
     )
 
 
+class TuningKeys(_Section):
+    """What of the model learns."""
+
+    method: Literal["lora", "full", "head"] = Field(
+        "lora",
+        description="lora: an adapter beside the frozen base; full: every weight (needs quantization.base none); head: "
+        "the layer over labels alone, fitted on what the frozen model says, then trained",
+    )
+
+
 class LoraKeys(_Section):
-    """The adapter (arXiv 2106.09685), trained and saved by PEFT."""
+    """The adapter (arXiv 2106.09685), trained and saved by PEFT; used if tuning.method is lora."""
 
     r: Count = Field(16, description="rank of the adapter")
     alpha: Positive = Field(32, description="scale of the adapter is alpha / r")
@@ -81,6 +91,17 @@ class LoraKeys(_Section):
         0.0, description="dropout on the adapter's input while training"
     )
     target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, or all-linear")
+    modules_to_save: list[str] | None = Field(
+        None, description="layers that learn whole beside the adapter, as [embed_tokens]"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r): for high ranks (arXiv 2312.03732)")
+    use_dora: bool = Field(
+        False, description="size and direction of a weight learn apart: slower, better at low ranks (arXiv 2402.09353)"
+    )
+    init_lora_weights: Literal["default", "pissa"] = Field(
+        "default",
+        description="pissa: the base's largest singular directions learn (arXiv 2404.02948; needs quantization.base none)",
+    )
 
 
 class TrainingKeys(_Section):
@@ -199,6 +220,7 @@ class Recipe(_Section):
     task: str = Field("text-generation", description="transformers' task name")
     data: DataKeys = Field(description="rows and how they become examples")
     quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]
+    tuning: TuningKeys = Field(TuningKeys(), description="what of the model learns")  # type: ignore[call-arg]
     lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]

@@ -161,6 +161,7 @@ VALUES = {
     "data.columns": ["a"], "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
     "data.system": "a", "data.label_separator": ";",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
+    "lora.modules_to_save": ["embed_tokens"],
 }  # fmt: skip
 
 

@@ -36,6 +36,20 @@ def make_task(recipe: Recipe, labels: LabelSet) -> Task:
     return kind(labels, class_weights=recipe.classification.class_weights)
 
 
+def check_keys(recipe: Recipe) -> None:
+    """Raises InputError if keys that are right each by itself contradict each other."""
+    if recipe.task == "text-classification" and recipe.data.system is not None:
+        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
+    keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
+    for key, value in keys.items():
+        if value in ("full", "pissa") and recipe.quantization.base != "none":
+            raise InputError(
+                f"{key}: {value} changes the base's weights, which {recipe.quantization.base} holds in 4 bits",
+                where=key,
+                hint="write quantization.base: none",
+            )
+
+
 @dataclass(frozen=True)
 class Job:
     """One recipe at work in one run folder. relative_to: the folder that the recipe's paths start from."""

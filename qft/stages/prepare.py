@@ -23,7 +23,7 @@ from qft.files import folder_aside, write_text
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
-from qft.stages.job import Job, make_task
+from qft.stages.job import Job, check_keys, make_task
 
 NEEDS: tuple[str, ...] = ()
 
@@ -75,6 +75,7 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job) -> Facts:
     """Fetch, read, split, tokenize."""
     recipe = job.recipe
+    check_keys(recipe)
     without_labels = make_task(recipe, LabelSet((), (), False, 0))  # a wrong name is said before anything is fetched
     model = _fetch(job, recipe.model, "model")
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
@@ -140,8 +141,6 @@ def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Count
 def shape_of(recipe: Recipe) -> Shape:
     """How the recipe's rows become examples."""
     keys = recipe.data
-    if recipe.task == "text-classification" and keys.system is not None:
-        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
     return Shape(
         keys.format,
         keys.text_column,
