@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.base_gguf import CONVERSION, convert_gguf
 from qft.errors import InputError
-from qft.files import exclusive, folder_aside, write_json
+from qft.files import exclusive
 from qft.libraries import quiet_transformers
 from qft.progress import OnProgress, Progress, silent
 from qft.sources import Source
@@ -41,11 +42,11 @@ def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = s
         raise InputError(
             f"{source.path} is not a model", hint="a model is a folder with config.json, a .gguf file or a hub id"
         )
-    target = cache / "converted" / source.sha256[:16]
+    target = cache / "converted" / f"{source.sha256[:16]}-{CONVERSION}"
     with exclusive(target.with_suffix(".lock"), wait=True):
         if not (target / "config.json").exists():
             on_progress(Progress(f"convert {source.path.name}", 0, None))
-            _convert_gguf(source.path, target)
+            convert_gguf(source.path, target)
     return _checked(target)
 
 
@@ -80,53 +81,6 @@ def check_writes(folder: Path) -> None:
             where="model",
             hint="task text-generation needs a …ForCausalLM model; task text-classification takes encoders too",
         )
-
-
-def _convert_gguf(path: Path, target: Path) -> None:
-    quiet_transformers()
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, IndexError, KeyError, OSError, EOFError) as error:
-        raise InputError(
-            f"{path} is not a whole .gguf file: {error}", hint="it may be cut short; fetch it again"
-        ) from None
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as error:
-        raise InputError(
-            f"transformers cannot read {path.name}: {error}", hint="give the model as a Hugging Face folder"
-        ) from None
-    with folder_aside(target) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # transformers copies the .gguf in as `tokenizer.model`, and takes the wrong token for the end of a turn.
-        (folder / "tokenizer.model").unlink(missing_ok=True)
-        if (end := fields.get("tokenizer.ggml.eos_token_id")) is not None:
-            _set_end(folder, int(end.contents()))
-
-
-def _set_end(folder: Path, eos_id: int) -> None:
-    for name in ("config.json", "generation_config.json"):
-        if (path := folder / name).exists():
-            write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token_id": eos_id, "pad_token_id": eos_id})
-    text = next(
-        (
-            t["content"]
-            for t in json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-            if t["id"] == eos_id
-        ),
-        None,
-    )
-    path = folder / "tokenizer_config.json"
-    if text is not None:
-        write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token": text, "pad_token": text})
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)
 
 
 # Rows up to this length are faster with plain attention on a CPU: training SmolLM2 on rows of 60 tokens ran at 440 tokens/s

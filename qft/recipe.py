@@ -22,7 +22,10 @@ class _Section(BaseModel):
 class DataKeys(_Section):
     """Rows: where they lie, how they become examples, which are held out."""
 
-    train: str | list[str] = Field(description="file, folder, hub id or pypi:… source of rows; a list is read in order")
+    train: str | list[str] | dict[str, str] = Field(
+        description="file, folder, hub id or pypi:… source of rows; a list is read in order; {label: source, …} if all rows of a "
+        "source have one label"
+    )
     eval: Fraction | Count | str = Field(
         0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source"
     )
@@ -216,7 +219,7 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of the run folder; by default the recipe's file name"
     )
-    model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION/path/inside")
+    model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION[/path/inside]")
     task: str = Field("text-generation", description="transformers' task name")
     data: DataKeys = Field(description="rows and how they become examples")
     quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]

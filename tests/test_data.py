@@ -12,8 +12,8 @@ import pytest
 
 from qft.data.encode import encode, encode_all
 from qft.data.examples import Example, Shape, to_examples
-from qft.data.rows import Row, read_rows
-from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
+from qft.data.rows import Row, read_labelled_rows, read_rows
+from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError
 
@@ -70,6 +70,15 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
             file.write_text(row["text"], "utf-8")
     found = sorted((row.values for row in read_rows(path, columns=None)), key=lambda r: r["label"], reverse=True)
     assert found == ROWS
+
+
+def test_a_source_may_hold_the_rows_of_one_label(tmp_path: Path) -> None:
+    (tmp_path / "neg.txt").write_text("很差\n\nno, never\n", "utf-8")
+    found = read_labelled_rows(tmp_path / "neg.txt", columns=None, column="label", label="负面")
+    assert [row.values for row in found] == [{"text": "很差", "label": "负面"}, {"text": "no, never", "label": "负面"}]
+    as_jsonl(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match="a column 'label' of their own"):
+        read_labelled_rows(tmp_path / "rows.jsonl", columns=None, column="label", label="yes")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +169,8 @@ def test_equal_texts_are_never_on_both_sides() -> None:
 def test_case_and_spaces_do_not_make_texts_different() -> None:
     kept, duplicates, conflicts = drop_duplicates([example("A  b"), example("a b"), example("a b", "y")])
     assert (len(kept), duplicates, conflicts) == (2, 1, 1)
-    assert without_leaks([example("A B"), example("c")], [example("a b")])[1] == 1
+    kept, leaks = without_leaks([example("A B"), example("c")], [example("a b"), example("a  b"), example("d")])
+    assert ([e.key() for e in kept], leaks) == (["c"], Leaks(train=1, held_out=2))
 
 
 @pytest.mark.parametrize("parts", [{"eval": 0.99, "validation": 5}, {"eval": 400}])

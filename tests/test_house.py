@@ -26,7 +26,7 @@ PACKAGE = ROOT / "qft"
 
 # A module may import from its own level and those below. Levels as in DESIGN, lowest first.
 LEVELS = [
-    ["errors", "progress", "files", "libraries", "paths"],
+    ["errors", "progress", "files", "libraries", "paths", "archives"],
     [
         "recipe_yaml",
         "recipe",
@@ -34,6 +34,7 @@ LEVELS = [
         "recipe_loader",
         "sources",
         "sources_pypi",
+        "base_gguf",
         "base_model",
         "targets",
     ],

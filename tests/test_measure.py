@@ -21,8 +21,13 @@ from qft.graph.export_optimum import export_float
 from qft.measure.agreement import Comparison, Record
 from qft.measure.machine import memory_bandwidth, peak_memory
 from qft.measure.parity import compare
-from qft.measure.quality import Measuring, measure
+from qft.measure.quality import Measuring, batches, measure
 from qft.training.runner import TorchRunner
+
+
+def test_a_large_vocabulary_makes_small_batches_and_a_long_row_goes_alone() -> None:
+    assert list(batches([3, 9, 4, 2, 4], 64, most_tokens=8)) == [[3, 0], [2, 4], [1]]
+    assert list(batches([3, 9, 4], 2)) == [[0, 2], [1]]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,11 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             (
                 "read",
                 f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
-                f"duplicates, {report.conflicts:,} with an answer that contradicts another row, {report.leaked:,} that are held out",
+                f"duplicates, {report.conflicts:,} with an answer that contradicts another row",
+            ),
+            (
+                "on both sides",
+                f"{report.also_in_train:,} test rows are also among the rows to learn, where {report.leaked:,} were left out",
             ),
             ("labels", _labels_text(report.labels)),
             (

@@ -13,7 +13,11 @@ from qft.errors import InputError
 
 @dataclass(frozen=True)
 class DataReport:
-    """Rows and tokens after preparing; `leaked` counts training rows dropped because their text is held out."""
+    """Rows and tokens after preparing.
+
+    leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
+    their own whose text was among the training rows.
+    """
 
     rows_read: int
     empty: int
@@ -21,6 +25,7 @@ class DataReport:
     duplicates: int
     conflicts: int
     leaked: int
+    also_in_train: int
     cut: int
     nothing_in_loss: int
     unknown_tokens: int

@@ -24,6 +24,21 @@ class Row:
     where: str
 
 
+def read_labelled_rows(path: Path, *, columns: list[str] | None, column: str, label: str) -> list[Row]:
+    """As `read_rows`, of a source whose rows all have one label, which becomes their `column`.
+
+    Raises InputError if they have such a column already.
+    """
+    rows = read_rows(path, columns=columns)
+    if (row := next((row for row in rows if column in row.values), None)) is not None:
+        raise InputError(
+            f"the rows have a column {column!r} of their own, and data.train gives them the label {label!r}",
+            where=row.where,
+            hint="write data.train without labels, or another data.label_column",
+        )
+    return [Row({**row.values, column: label}, row.where) for row in rows]
+
+
 def read_rows(path: Path, *, columns: list[str] | None) -> list[Row]:
     """All rows of a file or folder. `columns` names those of a delimited file without a header line.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qft.data.examples import Example
 from qft.errors import InputError
@@ -70,11 +71,19 @@ def take_by_hash(examples: Sequence[Example], count: int, *, seed: int) -> list[
     return [examples[i] for i in sorted(chosen)]
 
 
-def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], int]:
-    """Training rows whose text is not held out, and how many were dropped for that."""
-    keys = {e.key() for e in held_out}
-    kept = [e for e in train if e.key() not in keys]
-    return kept, len(train) - len(kept)
+@dataclass(frozen=True)
+class Leaks:
+    """Texts on both sides. train: training rows that were left out for it; held_out: held-out rows, which stay."""
+
+    train: int
+    held_out: int
+
+
+def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], Leaks]:
+    """Training rows whose text is not held out, and how many rows of either side had a text of the other."""
+    known, learnt = {e.key() for e in held_out}, {e.key() for e in train}
+    kept = [e for e in train if e.key() not in known]
+    return kept, Leaks(len(train) - len(kept), sum(e.key() in learnt for e in held_out))
 
 
 def _draw(key: str, seed: int) -> float:

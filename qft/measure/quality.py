@@ -13,7 +13,8 @@ from qft.data.tokenizer import TextTokenizer
 from qft.measure.agreement import Agreement
 from qft.progress import OnProgress, Progress, silent
 
-_MOST_TOKENS = 4096  # padded tokens of one forward pass: logits of 4096 tokens over 49,152 words are 0.8 GB
+_MOST_TOKENS = 4096  # padded tokens of one forward pass
+_MOST_LOGITS = 200_000_000  # of one forward pass, 0.8 GB: an ONNX decoder gives those of every position, needed or not
 
 
 class Runner(Protocol):
@@ -107,9 +108,10 @@ def measure(
     """
     labels = sorted({r.label for r in rows if r.label is not None})
     first = _first_tokens(rows, labels)
+    most_tokens = min(_MOST_TOKENS, _MOST_LOGITS // tokenizer.vocab_size)
     forced: list[_Forced] = [_Forced(0.0, 0, False, None)] * len(rows)
     done = 0
-    for batch in batches([len(r.input_ids) for r in rows], how.batch_size):
+    for batch in batches([len(r.input_ids) for r in rows], how.batch_size, most_tokens):
         for index, (result, logits) in zip(
             batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True
         ):
@@ -118,15 +120,15 @@ def measure(
                 how.witness.look(index, logits)
         done += len(batch)
         how.on_progress(Progress("measure", done, len(rows), "rows"))
-    answers = _answers(runner, rows, forced, tokenizer, how) if labels else []
+    answers = _answers(runner, rows, forced, tokenizer, how, most_tokens) if labels else []
     return _summary(how.metric, rows, forced, answers, labels), answers
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers by length, at most `batch_size` rows and 4,096 padded tokens at a time."""
+def batches(lengths: Sequence[int], batch_size: int, most_tokens: int = _MOST_TOKENS) -> Iterator[list[int]]:
+    """Row numbers by length, at most `batch_size` rows and `most_tokens` padded tokens at a time, but at least one row."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > _MOST_TOKENS):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > most_tokens):
             yield batch
             batch = []
         batch.append(index)
@@ -175,11 +177,12 @@ def _answers(
     forced: Sequence[_Forced],
     tokenizer: TextTokenizer,
     how: Measuring,
+    most_tokens: int,
 ) -> list[RowAnswer]:
     longest = max(len(r.answer) for r in rows)
     open_rows = [i for i, f in enumerate(forced) if not f.whole_answer]
     texts: dict[int, tuple[str, bool]] = {}
-    for batch in batches([len(rows[i].prompt) for i in open_rows], how.batch_size):
+    for batch in batches([len(rows[i].prompt) for i in open_rows], how.batch_size, most_tokens):
         chosen = [open_rows[b] for b in batch]
         out = runner.generate(
             [rows[i].prompt for i in chosen], max_new_tokens=longest + how.extra_tokens, stop_ids=tokenizer.stop_ids

@@ -15,8 +15,8 @@ from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, to_examples
 from qft.data.inspect import DataReport, length_percentiles
 from qft.data.labelled import LabelSet
-from qft.data.rows import read_rows
-from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
+from qft.data.rows import read_labelled_rows, read_rows
+from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.files import folder_aside, write_text
@@ -56,7 +56,11 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result: the keys, and the content of files that are not pinned by a version."""
-    files = [recipe.model, *_train_uris(recipe), *([recipe.data.eval] if isinstance(recipe.data.eval, str) else [])]
+    files = [
+        recipe.model,
+        *(uri for uri, _ in _train_uris(recipe)),
+        *([recipe.data.eval] if isinstance(recipe.data.eval, str) else []),
+    ]
     return {
         "task": recipe.task,
         "model": recipe.model,
@@ -81,10 +85,10 @@ def run(job: Job) -> Facts:
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
     without_labels.check_base(base)
     tokenizer = TextTokenizer.load(base)
-    sources = [_fetch(job, uri, "dataset") for uri in _train_uris(recipe)]
+    sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
-    parts, leaked, eval_source = _split(job, kept)
+    parts, leaks, eval_source = _split(job, kept)
     labels = _labels(parts["train"], counts)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
@@ -95,8 +99,8 @@ def run(job: Job) -> Facts:
         )
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
-    report = _report(counts, duplicates, conflicts, leaked, tallies, encoded)
-    described = [*sources, *([eval_source] if eval_source else [])]
+    report = _report(counts, duplicates, conflicts, leaks, tallies, encoded)
+    described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
         base,
         _fact(model),
@@ -123,8 +127,12 @@ def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
     return 100 * sum(example.labels == answer for example in parts["eval"]) / len(parts["eval"])
 
 
-def _train_uris(recipe: Recipe) -> list[str]:
-    return [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
+def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """Sources of rows, and the label of all rows of each; None where rows say it themselves."""
+    given = recipe.data.train
+    if isinstance(given, dict):
+        return [(uri, label) for label, uri in given.items()]
+    return [(uri, None) for uri in ([given] if isinstance(given, str) else given)]
 
 
 def _fetch(job: Job, uri: str, kind: Any) -> Source:
@@ -132,9 +140,14 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
     return fetch(uri, relative_to=job.relative_to, cache=job.cache, repo_type=kind, on_progress=job.on_progress)
 
 
-def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Counts]:
-    keys = job.recipe.data
-    rows = [row for source in sources for row in read_rows(source.path, columns=keys.columns)]
+def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[list[Example], Counts]:
+    """sources: each with the label of all its rows."""
+    keys, rows = job.recipe.data, []
+    for source, label in sources:
+        if label is None:
+            rows += read_rows(source.path, columns=keys.columns)
+        else:
+            rows += read_labelled_rows(source.path, columns=keys.columns, column=keys.label_column, label=label)
     return to_examples(rows, shape_of(job.recipe))
 
 
@@ -152,19 +165,19 @@ def shape_of(recipe: Recipe) -> Shape:
     )
 
 
-def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], int, Source | None]:
+def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], Leaks, Source | None]:
     keys = job.recipe.data
     if isinstance(keys.eval, str):
         source = _fetch(job, keys.eval, "dataset")
-        held_out, _ = _examples(job, [source])
-        examples, leaked = without_leaks(examples, held_out)
+        held_out, _ = _examples(job, [(source, None)])
+        examples, leaks = without_leaks(examples, held_out)
         parts = {"eval": held_out, **split_by_hash(examples, {"validation": keys.validation}, seed=keys.seed)}
     else:
-        source, leaked = None, 0
+        source, leaks = None, Leaks(0, 0)
         parts = split_by_hash(examples, {"eval": keys.eval, "validation": keys.validation}, seed=keys.seed)
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
-    return parts, leaked, source
+    return parts, leaks, source
 
 
 def _write(folder: Path, encoded: dict[str, list[EncodedRow]]) -> None:
@@ -177,7 +190,7 @@ def _report(
     counts: Counts,
     duplicates: int,
     conflicts: int,
-    leaked: int,
+    leaks: Leaks,
     tallies: dict[str, EncodeCounts],
     encoded: dict[str, list[EncodedRow]],
 ) -> DataReport:
@@ -192,7 +205,8 @@ def _report(
         in_no_bin=counts.in_no_bin,
         duplicates=duplicates,
         conflicts=conflicts,
-        leaked=leaked,
+        leaked=leaks.train,
+        also_in_train=leaks.held_out,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
         unknown_tokens=total("unknown_tokens"),
