@@ -1,4 +1,4 @@
-"""Held-out rows by a hash of their text, so that equal texts never lie on both sides."""
+"""Held-out rows by a hash of their text or group, so that equal texts and one group's rows never lie on both sides."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def split_by_hash(
 ) -> dict[str, list[Example]]:
     """Cut off `parts` (a fraction below 1, or a number of rows); the rest is "train". Order within a part is kept.
 
-    A row's place is SHA-256(seed, text), so adding rows moves few others. Raises InputError if a part would be empty.
+    A row's place is SHA-256(seed, text or group), so adding rows moves few others; a group is larger than a row, and the last one
+    taken may make a part larger than asked for. Raises InputError if a part would be empty.
     """
-    draws = {key: _draw(key, seed) for key in {e.key() for e in examples}}
+    draws = {unit: _draw(unit, seed) for unit in {e.unit() for e in examples}}
     order = sorted(draws, key=draws.__getitem__)
     rows_of: dict[str, int] = {}
     for example in examples:
-        rows_of[example.key()] = rows_of.get(example.key(), 0) + 1
+        rows_of[example.unit()] = rows_of.get(example.unit(), 0) + 1
     owner: dict[str, str] = {}
     position = 0
     for part, size in parts.items():
@@ -50,7 +51,7 @@ def split_by_hash(
             position += 1
     result: dict[str, list[Example]] = {part: [] for part in (*parts, "train")}
     for example in examples:
-        result[owner.get(example.key(), "train")].append(example)
+        result[owner.get(example.unit(), "train")].append(example)
     for part, rows in result.items():
         if not rows:
             raise InputError(
@@ -71,9 +72,9 @@ def take_by_hash(examples: Sequence[Example], count: int, *, seed: int) -> list[
 
 
 def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], int]:
-    """Training rows whose text is not held out, and how many were dropped for that."""
-    keys = {e.key() for e in held_out}
-    kept = [e for e in train if e.key() not in keys]
+    """Training rows whose text and group are not held out, and how many were dropped for that."""
+    held = {known for e in held_out for known in (e.key(), e.unit())}
+    kept = [e for e in train if held.isdisjoint((e.key(), e.unit()))]
     return kept, len(train) - len(kept)
 
 
