@@ -96,7 +96,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         if not example.key() or not (several or example.answer().strip()):
             empty += 1
         else:
-            group = _text_of(_column(row, shape.group_column)) if shape.group_column else None
+            group = _text_of(_column(row, shape.group_column)) if shape.group_column else example.group
             examples.append(_with_system(replace(example, group=group), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
     if name == "labels" and len(labels) < 2:

@@ -33,7 +33,13 @@ def make_task(recipe: Recipe, labels: LabelSet) -> Task:
             where="evaluation.metric",
             hint=f"write auto or {' or '.join(kind.metrics)}",
         )
-    return kind(labels, class_weights=recipe.classification.class_weights)
+    return kind(labels, **task_keys(recipe))
+
+
+def task_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of the recipe that are its task's own."""
+    section = find_task(recipe.task).section
+    return getattr(recipe, section).model_dump() if section else {}
 
 
 @dataclass(frozen=True)

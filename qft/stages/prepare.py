@@ -24,6 +24,7 @@ from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
 from qft.stages.job import Job, make_task
+from qft.tasks.registry import find_task
 
 NEEDS: tuple[str, ...] = ()
 
@@ -140,8 +141,10 @@ def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Count
 def shape_of(recipe: Recipe) -> Shape:
     """How the recipe's rows become examples."""
     keys = recipe.data
-    if recipe.task == "text-classification" and keys.system is not None:
-        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
+    if keys.system is not None and not find_task(recipe.task).chats:
+        raise InputError(
+            f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
+        )
     return Shape(
         keys.format,
         keys.text_column,
