@@ -44,6 +44,9 @@ class DataKeys(_Section):
         None,
         description="rows have any number of labels, with this between them; a column of lists needs no separator",
     )
+    group_column: str | None = Field(
+        None, description="rows with one value here are never on both sides of a split: a speaker, a document"
+    )
     bins: dict[str, str] | None = Field(
         None,
         description="turns a rating into labels, as {negative: '<= -1', positive: '>= 1'}; rows in no bin are dropped",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,16 @@ def test_case_and_spaces_do_not_make_texts_different() -> None:
 def test_a_split_that_leaves_nothing_is_refused(parts: dict[str, float]) -> None:
     with pytest.raises(InputError, match="leaves nothing"):
         split_by_hash([example(str(n)) for n in range(100)], parts, seed=0)
+
+
+def test_rows_of_one_group_lie_on_one_side() -> None:
+    examples = [replace(example(str(n)), group=f"speaker {n % 7}") for n in range(70)]
+    parts = split_by_hash(examples, {"eval": 0.2, "validation": 5}, seed=0)
+    groups = {part: {e.group for e in rows} for part, rows in parts.items()}
+    assert {part: len(rows) for part, rows in parts.items()} == {"eval": 20, "validation": 10, "train": 40}
+    assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == 7
+    kept, dropped = without_leaks(examples, parts["eval"][:1])
+    assert (len(kept), dropped) == (60, 10)
 
 
 def test_rows_taken_by_hash_stay_when_more_are_added() -> None:

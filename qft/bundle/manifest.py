@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from qft.errors import InputError, Problem
 from qft.files import inside, sha256_file, write_json
 
 NAME = "qft.json"
+_RUNNERS: dict[str, type[Any]] = {"text-classification": OnnxClassifier}  # others write: OnnxRunner
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -98,13 +100,17 @@ class Bundle:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """What ends an answer that is written; a label needs no end."""
-        return () if self.classifies else self.tokenizer.stop_ids
+        """What ends an answer that is written; a label or a place needs no end."""
+        return self.tokenizer.stop_ids if self._kind is OnnxRunner else ()
 
     @property
     def classifies(self) -> bool:
         """Whether it chooses among labels instead of writing."""
-        return self.manifest["task"] == "text-classification"
+        return self._kind is OnnxClassifier
+
+    @property
+    def _kind(self) -> type[Any]:
+        return _RUNNERS.get(self.manifest["task"], OnnxRunner)
 
     @property
     def labels(self) -> Labels:
@@ -112,9 +118,14 @@ class Bundle:
         return Labels(tuple(self.manifest["labels"]), self.manifest["several_labels"])
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
-        """A session on the model: an OnnxClassifier or an OnnxRunner."""
-        kind = OnnxClassifier if self.classifies else OnnxRunner
-        return kind(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+        """A session on the model: an OnnxClassifier, or an OnnxRunner that writes."""
+        return self._kind(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+
+    def predict(self, lines: list[str], runner: Any, *, max_new_tokens: int) -> Sequence[Answer | Decision]:
+        """What the model makes of each line: a label, or an answer of at most max_new_tokens."""
+        if self.classifies:
+            return self.classify(lines, runner)
+        return self.answer(lines, runner, max_new_tokens=max_new_tokens)
 
     def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
         """Each text's label."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from qft.bundle.golden import check_cases, from_manifest
-from qft.bundle.manifest import Answer, Bundle, Decision, size_bytes
+from qft.bundle.manifest import Bundle, size_bytes
 from qft.cli.options import find_run, on_runs, shared
 from qft.console import Screen, print_json, print_line, print_table, value_text
 from qft.data.examples import to_examples
@@ -63,11 +62,7 @@ def predict_command(
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise InputError("nothing to answer", hint='as in `qft predict "A waste of two hours."`')
-    answers: Sequence[Decision | Answer]
-    if bundle.classifies:
-        answers = bundle.classify(lines, bundle.runner())
-    else:
-        answers = bundle.answer(lines, bundle.runner(), max_new_tokens=max_new_tokens)
+    answers = bundle.predict(lines, bundle.runner(), max_new_tokens=max_new_tokens)
     if as_json:
         said = [asdict(answer) for answer in answers]
         print_json({"answers": [{"input": line, **answer} for line, answer in zip(lines, said, strict=True)]})

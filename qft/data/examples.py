@@ -23,6 +23,7 @@ class Example:
     """messages with at least one assistant turn, or `text` alone (plain text).
 
     label: the expected answer where rows have labels. labels: those it consists of, one unless rows may have several.
+    group: what the row has in common with others that must lie on the same side of a split (a speaker, a document).
     """
 
     messages: tuple[Message, ...]
@@ -30,11 +31,16 @@ class Example:
     label: str | None
     where: str
     labels: tuple[str, ...] | None = None
+    group: str | None = None
 
     def key(self) -> str:
         """What decides the split: the prompt (all but the last answer), case and white space folded."""
         content = self.text if self.text is not None else "\n".join(m.content for m in self.messages[:-1])
         return " ".join(content.casefold().split())
+
+    def unit(self) -> str:
+        """What is split off whole: the rows of one group, or without groups those of one prompt."""
+        return self.key() if self.group is None else f"group {self.group}"
 
     def answer(self) -> str:
         """The last answer, or the text."""
@@ -63,6 +69,7 @@ class Shape:
     prompt: str | None
     system: str | None
     label_separator: str | None = None
+    group_column: str | None = None
 
 
 class _NoBin(Exception):
@@ -89,7 +96,8 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         if not example.key() or not (several or example.answer().strip()):
             empty += 1
         else:
-            examples.append(_with_system(example, shape.system))
+            group = _text_of(_column(row, shape.group_column)) if shape.group_column else example.group
+            examples.append(_with_system(replace(example, group=group), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
     if name == "labels" and len(labels) < 2:
         raise InputError(

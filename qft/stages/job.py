@@ -33,13 +33,21 @@ def make_task(recipe: Recipe, labels: LabelSet) -> Task:
             where="evaluation.metric",
             hint=f"write auto or {' or '.join(kind.metrics)}",
         )
-    return kind(labels, class_weights=recipe.classification.class_weights)
+    return kind(labels, **task_keys(recipe))
+
+
+def task_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of the recipe that are its task's own."""
+    section = find_task(recipe.task).section
+    return getattr(recipe, section).model_dump() if section else {}
 
 
 def check_keys(recipe: Recipe) -> None:
     """Raises InputError if keys that are right each by itself contradict each other."""
-    if recipe.task == "text-classification" and recipe.data.system is not None:
-        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
+    if recipe.data.system is not None and not find_task(recipe.task).chats:
+        raise InputError(
+            f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
+        )
     keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
     for key, value in keys.items():
         if value in ("full", "pissa") and recipe.quantization.base != "none":

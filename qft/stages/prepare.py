@@ -162,6 +162,7 @@ def shape_of(recipe: Recipe) -> Shape:
         keys.prompt,
         keys.system,
         keys.label_separator,
+        keys.group_column,
     )
 
 

@@ -92,7 +92,7 @@ def summarize(job: Job) -> Summary:
         machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
         versions=content.get("versions", {}),
         examples=_examples(job, target) if shipped else Examples(),
-        labels=_labels(job, target, shipped) if shipped and job.recipe.task == "text-classification" else None,
+        labels=_labels(job, target, shipped) if shipped else None,
     )
 
 
@@ -153,7 +153,7 @@ def _examples(job: Job, target: str) -> Examples:
 
 def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | None:
     answers, prepared = job.answers(f"quantize-{target}"), job.facts(prepare.Facts)
-    if not answers or target not in shipped.targets:
+    if not answers or target not in shipped.targets or shipped.targets[target].calibration is None:
         return None
     labels = Labels(prepared.labels.names, prepared.labels.several)
     mistaken = Counter((a.expected, a.answer) for a in answers if not a.right)
