@@ -32,11 +32,17 @@ class DataKeys(_Section):
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels"] = Field(
-        "auto", description="how a row becomes an example; auto looks at the columns"
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals"] = Field(
+        "auto",
+        description="how a row becomes an example; auto looks at the columns; evals: messages in `input`, the answer in `ideal`",
     )
     columns: list[str] | None = Field(
         None, description="names of the columns of a delimited file without a header line"
+    )
+    text_separator: str = Field(
+        "\n",
+        description="what stands between the texts of a .txt file: a line break, an empty line ('\\n\\n'), or '' if the "
+        "whole file is one text",
     )
     text_column: str = Field("text", description="column that holds the text (formats text and labels)")
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
@@ -118,7 +124,9 @@ class TrainingKeys(_Section):
     warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")
     batch_size: Count = Field(16, description="rows of one forward pass")
     gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
-    max_length: Count = Field(512, description="tokens; longer rows are cut, and counted")
+    max_length: Count = Field(
+        512, description="tokens; longer rows are cut, and counted; plain texts are cut into pieces"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     gradient_checkpointing: bool = Field(

@@ -25,7 +25,7 @@ from qft.recipe import Recipe
 from qft.recipe_loader import load_recipe
 from qft.report.summary import WaterfallStep
 from qft.stages.job import make_task
-from qft.stages.prepare import shape_of
+from qft.stages.prepare import layout_of, shape_of
 from qft.tasks.registry import Task
 
 
@@ -113,7 +113,7 @@ def _held_out(bundle: Bundle, rows: Path | None, recipe: Recipe, task: Task) -> 
     if rows is None:
         lines = (bundle.folder.parent.parent / "data/eval.jsonl").read_text("utf-8").splitlines()
         return [task.read(json.loads(line)) for line in lines]
-    examples, _ = to_examples(read_rows(rows, columns=recipe.data.columns), shape_of(recipe))
+    examples, _ = to_examples(read_rows(rows, **layout_of(recipe)), shape_of(recipe))
     length = recipe.training.max_length
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 

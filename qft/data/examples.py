@@ -99,7 +99,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
             group = _text_of(_column(row, shape.group_column)) if shape.group_column else example.group
             examples.append(_with_system(replace(example, group=group), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
-    if name == "labels" and len(labels) < 2:
+    if labels and len(labels) < 2 or name == "labels" and not labels:
         raise InputError(
             f"labels of one class only: {', '.join(labels) or 'none'}",
             where="data.label_column",
@@ -119,6 +119,8 @@ def _guess(row: Row, shape: Shape) -> str:
         return "messages"
     if {"instruction", "output"} <= columns:
         return "alpaca"
+    if {"input", "ideal"} <= columns:
+        return "evals"
     if any({a, b} <= columns for a, b in _PAIRS):
         return "prompt-completion"
     if {shape.text_column, shape.label_column} <= columns:
@@ -128,7 +130,7 @@ def _guess(row: Row, shape: Shape) -> str:
     raise InputError(
         f"cannot tell what the columns mean: {', '.join(sorted(columns))}",
         where=row.where,
-        hint="known are messages, prompt + completion, instruction + output, text + label, text; "
+        hint="known are messages, prompt + completion, instruction + output, input + ideal, text + label, text; "
         "otherwise set data.format, data.text_column, data.label_column or data.columns",
     )
 
@@ -208,12 +210,23 @@ def _labels(row: Row, shape: Shape, bins: Mapping[str, Callable[[float], bool]])
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
 
 
+def _evals(row: Row, shape: Shape, bins: Mapping) -> Example:
+    """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
+    ideal = _column(row, "ideal")
+    value = ideal[0] if isinstance(ideal, list) and ideal else ideal
+    label = _bin_of(value, bins, row) if bins else _text_of(value)
+    answer = {"role": "assistant", "content": label}
+    asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
+    return replace(asked, label=label, labels=(label,))
+
+
 _FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {
     "messages": _messages,
     "prompt-completion": _prompt_completion,
     "alpaca": _alpaca,
     "text": _text,
     "labels": _labels,
+    "evals": _evals,
 }
 
 

@@ -142,13 +142,18 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 
 def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[list[Example], Counts]:
     """sources: each with the label of all its rows."""
-    keys, rows = job.recipe.data, []
+    rows, how, column = [], layout_of(job.recipe), job.recipe.data.label_column
     for source, label in sources:
         if label is None:
-            rows += read_rows(source.path, columns=keys.columns)
+            rows += read_rows(source.path, **how)
         else:
-            rows += read_labelled_rows(source.path, columns=keys.columns, column=keys.label_column, label=label)
+            rows += read_labelled_rows(source.path, column=column, label=label, **how)
     return to_examples(rows, shape_of(job.recipe))
+
+
+def layout_of(recipe: Recipe) -> dict[str, Any]:
+    """How the recipe's files are read, as `read_rows` takes it."""
+    return {"columns": recipe.data.columns, "text_separator": recipe.data.text_separator}
 
 
 def shape_of(recipe: Recipe) -> Shape:
