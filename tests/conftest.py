@@ -13,6 +13,7 @@ from qft.libraries import quiet
 
 quiet()
 
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared/data"  # real data sets beside a developer's checkout
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
