@@ -80,14 +80,14 @@ def read_pieces(fields: dict[str, Any]) -> ScoredPieces | None:
         return None
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     found = {ours: _content(fields, f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    tokens = _content(fields, "tokenizer.ggml.tokens")
     return ScoredPieces(
-        tokens=_content(fields, "tokenizer.ggml.tokens"),
+        tokens=tokens,
         scores=_content(fields, "tokenizer.ggml.scores"),
-        types=_content(fields, "tokenizer.ggml.token_type"),
+        types=_content(fields, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens)),
         special={name: int(number) for name, number in found.items() if number is not None},
-        adds_bos=_content(
-            fields, "tokenizer.ggml.add_bos_token", True
-        ),  # what llama.cpp takes it for where it is not said
+        # What is not said is what llama.cpp takes it for.
+        adds_bos=_content(fields, "tokenizer.ggml.add_bos_token", True),
         adds_eos=_content(fields, "tokenizer.ggml.add_eos_token", False),
         space_prefix=_content(fields, "tokenizer.ggml.add_space_prefix", True),
     )
@@ -112,18 +112,16 @@ def scored_bpe(pieces: ScoredPieces) -> Tokenizer:
     kinds = list(zip(pieces.tokens, pieces.types, strict=True))
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in kinds if kind == _USER_DEFINED])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, kind in kinds if kind == _CONTROL])
-    bos, eos = (pieces.special.get(name) if adds else None for name, adds in _ends(pieces))
-    marks = [(pieces.tokens[number], number) for number in (bos, eos) if number is not None]
-    if marks:
-        first, last = (f"{pieces.tokens[number]}:0" if number is not None else "" for number in (bos, eos))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A:0 {last}".split(), special_tokens=marks
-        )
+    bos, eos = _mark(pieces, "bos", pieces.adds_bos), _mark(pieces, "eos", pieces.adds_eos)
+    if bos or eos:
+        around = [*(token for token, _ in bos), "$A", *(token for token, _ in eos)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[*bos, *eos])
     return tokenizer
 
 
-def _ends(pieces: ScoredPieces) -> list[tuple[str, bool]]:
-    return [("bos", pieces.adds_bos), ("eos", pieces.adds_eos)]
+def _mark(pieces: ScoredPieces, name: str, adds: bool) -> list[tuple[str, int]]:
+    number = pieces.special.get(name)
+    return [(pieces.tokens[number], number)] if adds and number is not None else []
 
 
 def _merges(pieces: ScoredPieces) -> list[tuple[str, str]]:

@@ -278,7 +278,7 @@ def _text_of(archive: Path, member: str) -> str:
 def _licence(archive: Path) -> str | None:
     """As the metadata state it, or else the name of the file that holds it."""
     text = _metadata(archive)
-    found = re.search(r"^License(?:-Expression)?: (.+)$", text, re.MULTILINE)
+    found = re.search(r"^License(?:-Expression)?: (?!UNKNOWN)(.+)$", text, re.MULTILINE)
     classifier = re.search(r"^Classifier: License :: (?:OSI Approved :: )?(.+)$", text, re.MULTILINE)
     if match := found or classifier:
         return match[1].strip()[:80]

