@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
@@ -74,7 +74,13 @@ class Job:
         record = self.run.record(stage)
         if record is None:
             raise StageError(f"the stage {stage} has not run yet")
-        return TypeAdapter(kind).validate_python(record.facts)
+        try:
+            return TypeAdapter(kind).validate_python(record.facts)
+        except ValidationError:
+            raise InputError(
+                f"{self.run.root} was made by another version of qft: its record of {stage} cannot be read",
+                hint=f"run it again under another name, as name={self.run.name}-2",
+            ) from None
 
     @property
     def task(self) -> Task:
@@ -119,7 +125,7 @@ class Job:
         return replace(quality, agreement=witness.agreement()) if isinstance(witness, Comparison) else quality
 
     def answers(self, stage: str) -> list[RowAnswer]:
-        """What `measure` kept; empty where rows have no labels."""
+        """What `measure` kept; empty if it has not run."""
         path = self.run.answers(stage)
         return [RowAnswer(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 

@@ -135,7 +135,7 @@ def _training(job: Job, facts: tune.Facts) -> Training:
 
 def _examples(job: Job, target: str) -> Examples:
     answers, tuned = job.answers(f"quantize-{target}"), job.answers("tune")
-    if not answers or not (job.run.data / "eval.jsonl").exists():
+    if not answers or not answers[0].asked or not (job.run.data / "eval.jsonl").exists():
         return Examples()
     tokenizer = TextTokenizer.load(job.run.bundle(target))
     task = job.task

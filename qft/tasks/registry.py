@@ -77,7 +77,7 @@ class Task(Protocol):
     def measure(
         self, runner: Any, rows: Sequence[Any], tokenizer: TextTokenizer, how: Measuring
     ) -> tuple[Quality, list[RowAnswer]]:
-        """Quality on held-out rows, and every answer where rows have one."""
+        """Quality on held-out rows, and every row's answer or, where nothing is to be answered, its loss."""
 
     def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
         """Write the runtimes' configurations into a bundle's folder."""
