@@ -128,12 +128,21 @@ class TrainingKeys(_Section):
         512, description="tokens; longer rows are cut, and counted; plain texts are cut into pieces"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    label_smoothing: Share = Field(
+        0.0, description="share of a target's probability spread over all choices in the loss (arXiv 1512.00567)"
+    )
+    neftune_noise_alpha: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="noise on the embeddings while training, 5 to 15 for instructions (NEFTune, arXiv 2310.05914)"
+    )
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, about a third more time"
     )
     evaluations: Annotated[int, Field(ge=0)] = Field(
         4, description="how often in a run the validation rows are measured"
+    )
+    patience: Count | None = Field(
+        None, description="stop after so many measurements without a better validation loss; none: train to the end"
     )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")

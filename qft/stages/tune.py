@@ -57,6 +57,7 @@ def run(job: Job, fingerprint: str) -> Facts:
     from qft.data.tokenizer import TextTokenizer
     from qft.training.loop import fine_tuning, train
     from qft.training.lora import trainable
+    from qft.training.noise import add_noise
 
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
@@ -68,12 +69,13 @@ def run(job: Job, fingerprint: str) -> Facts:
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = method.attach(base)
+    add_noise(base, recipe.training.neftune_noise_alpha)
     result = train(
         model,
         rows,
         validation,
         _schedule(recipe),
-        fine_tuning(forward, start_counts=fitted),
+        fine_tuning(forward, label_smoothing=recipe.training.label_smoothing, start_counts=fitted),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,
@@ -114,4 +116,5 @@ def _schedule(recipe: Recipe) -> Any:
         evaluations=keys.evaluations,
         checkpoint_minutes=keys.checkpoint_minutes,
         seed=keys.seed,
+        patience=keys.patience,
     )
