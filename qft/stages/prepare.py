@@ -63,6 +63,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "model": recipe.model,
         "data": recipe.data.model_dump(),
         "max_length": recipe.training.max_length,
+        "question_answering": recipe.question_answering.model_dump(),
         "files": [local_stamp(uri, relative_to) for uri in files],
     }
 
@@ -95,7 +96,8 @@ def run(job: Job) -> Facts:
         )
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
-    report = _report(counts, duplicates, conflicts, leaked, tallies, encoded)
+    used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
+    report = _report(counts, duplicates, conflicts, leaked, tallies, used, length_percentiles(encoded["train"]))
     described = [*sources, *([eval_source] if eval_source else [])]
     return Facts(
         base,
@@ -184,9 +186,10 @@ def _report(
     conflicts: int,
     leaked: int,
     tallies: dict[str, EncodeCounts],
-    encoded: dict[str, list[EncodedRow]],
+    used: dict[str, int],
+    lengths: tuple[int, int, int],
 ) -> DataReport:
-    median, most, longest = length_percentiles(encoded["train"])
+    median, most, longest = lengths
 
     def total(key: str) -> int:
         return sum(asdict(tally)[key] for tally in tallies.values())
@@ -201,9 +204,9 @@ def _report(
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
         unknown_tokens=total("unknown_tokens"),
-        train_rows=len(encoded["train"]),
-        validation_rows=len(encoded["validation"]),
-        eval_rows=len(encoded["eval"]),
+        train_rows=used["train"],
+        validation_rows=used["validation"],
+        eval_rows=used["eval"],
         train_tokens=tallies["train"].tokens,
         train_target_tokens=tallies["train"].target_tokens,
         length_median=median,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qft.base_model import CLASSIFIER_PARTS
+from qft.base_model import HEAD_PARTS
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
 
@@ -24,7 +24,7 @@ def attach(
 ) -> Any:
     """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names.
 
-    task_type: PEFT's name of the task; with SEQ_CLS the head over labels learns too, whole, and is saved with the adapter.
+    task_type: PEFT's name of the task; with SEQ_CLS and QUESTION_ANS the head learns too, whole, and is saved with the adapter.
     """
     quiet_transformers()
     from peft import LoraConfig, get_peft_model
@@ -35,6 +35,7 @@ def attach(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides: a float is as good
         lora_dropout=dropout,
         target_modules=target_modules,
+        exclude_modules=["qa_outputs"] if task_type == "QUESTION_ANS" else None,  # else all-linear takes it, too
         task_type=task_type,
     )
     try:
@@ -59,7 +60,7 @@ def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
 
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        is_head = module is head or not CLASSIFIER_PARTS.isdisjoint(name.split("."))
+        is_head = module is head or not HEAD_PARTS.isdisjoint(name.split("."))
         if isinstance(module, torch.nn.Linear) and not is_head:
             codes, state = bnb.quantize_4bit(module.weight.data, quant_type=base, compress_statistics=double_quant)
             module.weight.data = bnb.dequantize_4bit(codes, state).to(module.weight.dtype)
