@@ -203,6 +203,7 @@ def _report(
         leaked=leaked,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
+        tokens=total("tokens"),
         unknown_tokens=total("unknown_tokens"),
         train_rows=used["train"],
         validation_rows=used["validation"],
