@@ -177,6 +177,16 @@ def test_rows_of_one_passage_lie_on_one_side_of_the_split() -> None:
     assert (len(kept), leaked) == (95, 5)
 
 
+def test_rows_with_a_context_can_also_be_answered_in_writing() -> None:
+    row = Row(
+        {"question": "Where?", "context": "In town.", "answers": {"text": ["In town"], "answer_start": [0]}}, "row"
+    )
+    ((example,), _) = to_examples([row], replace(SHAPE, prompt="{context}\n\n{question}"))
+    assert [message.content for message in example.messages] == ["In town.\n\nWhere?", "In town"]
+    assert example.passage is not None
+    assert example.passage.question == "Where?"
+
+
 def test_an_answer_is_compared_as_squads_script_does() -> None:
     assert words("The  Cat's (a) hat.") == ["cats", "hat"]
     assert exact_match("the Cat!", ["dog", "a cat"])

@@ -38,7 +38,7 @@ def questions() -> list[dict]:
         reviews = chance.sample([*GOOD, *BAD], 4)
         place = "" if number % 7 == 0 else chance.choice(PLACES)
         reviews[chance.randrange(4)] += f" {place}"
-        context = ", ".join(reviews)
+        context = " and ".join(reviews)
         answer = (
             {"text": [place], "answer_start": [context.index(place)]} if place else {"text": [], "answer_start": []}
         )
@@ -117,8 +117,8 @@ def test_predict_finds_the_place_in_the_context(reading: Path, typed: Type) -> N
 
 def test_a_long_context_is_read_in_windows(reading: Path) -> None:
     bundle = Bundle.load(reading / INT4)
-    filler = ", ".join([*GOOD, *BAD] * 6)
-    context = f"{filler}, a fine film on the train, {filler}"
+    filler = " and ".join([*GOOD, *BAD] * 6)
+    context = f"{filler} and a fine film on the train and {filler}"
     windows, _ = cut_windows(Passage("I loved acting", context, (), ()), "", bundle.tokenizer, max_length=24, stride=6)
     assert len(windows) > 10
     found = bundle.find("I loved acting", context, bundle.runner())
@@ -140,9 +140,20 @@ def test_eval_check_and_report(reading: Path, typed: Type) -> None:
 
 
 def test_plan_shows_the_answer(reading: Path, typed: Type) -> None:
-    for row in as_json(typed(reading, "qft plan recipe.yaml --json"))["rows"]:
+    found = as_json(typed(reading, "qft plan recipe.yaml --json"))
+    assert found["warnings"] == []
+    for row in found["rows"]:
         (marked,) = [run["text"] for run in row["runs"] if run["in_loss"]]
         assert marked in (*PLACES, "(no answer here)")
+
+
+def test_plan_warns_of_a_language_that_the_tokenizer_does_not_know(reading: Path, typed: Type) -> None:
+    rows = [{"question": "Где это?", "context": f"Это было в городе {n}", "answer": "в городе"} for n in range(100)]
+    (reading / "foreign.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "qft plan recipe.yaml data.train=foreign.jsonl name=foreign"
+    (warning,) = as_json(typed(reading, f"{line} --json"))["warnings"]
+    assert "% of the tokens are unknown" in warning
+    assert warning[:60] in typed(reading, line).stdout
 
 
 def test_what_a_reader_cannot_do_is_said(reading: Path, typed: Type) -> None:
