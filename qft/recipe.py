@@ -32,7 +32,7 @@ class DataKeys(_Section):
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals"] = Field(
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals", "qa"] = Field(
         "auto",
         description="how a row becomes an example; auto looks at the columns; evals: messages in `input`, the answer in `ideal`",
     )
@@ -90,7 +90,7 @@ class TuningKeys(_Section):
     method: Literal["lora", "full", "head"] = Field(
         "lora",
         description="lora: an adapter beside the frozen base; full: every weight (needs quantization.base none); head: "
-        "the layer over labels alone, fitted on what the frozen model says, then trained",
+        "the head over labels or places alone, fitted on what the frozen model says, then trained",
     )
 
 
@@ -174,13 +174,27 @@ class ClassificationKeys(_Section):
     )
 
 
+class QuestionAnsweringKeys(_Section):
+    """What task question-answering makes of contexts and answers."""
+
+    stride: Count = Field(
+        128, description="tokens that neighbouring windows share, where a context is longer than training.max_length"
+    )
+    longest_answer: Count = Field(30, description="tokens of the longest answer that is considered")
+    no_answer_margin: float = Field(
+        0.0,
+        description="nats that 'no answer' must score above the best answer to be given; it is not considered where every "
+        "training row has an answer",
+    )
+
+
 class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "macro_f1", "perplexity"] = Field(
+    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match"] = Field(
         "auto",
-        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, "
-        "otherwise perplexity",
+        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
+        "found in a context, otherwise perplexity",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -248,6 +262,7 @@ class Recipe(_Section):
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
+    question_answering: QuestionAnsweringKeys = Field(QuestionAnsweringKeys(), description="answers out of a context")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from qft.bundle.classifier import Labels, OnnxClassifier
+from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.session import OnnxRunner
 from qft.data.labelled import shortened
+from qft.data.passages import NO_ANSWER, Passage
 from qft.data.tokenizer import Message, TextTokenizer
+from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
 from qft.files import inside, sha256_file, write_json
 
 NAME = "qft.json"
-_RUNNERS: dict[str, type[Any]] = {"text-classification": OnnxClassifier}  # others write: OnnxRunner
+_RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
+    "text-classification": OnnxClassifier,
+    "question-answering": OnnxReader,
+}
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -118,11 +124,19 @@ class Bundle:
         return Labels(tuple(self.manifest["labels"]), self.manifest["several_labels"])
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
-        """A session on the model: an OnnxClassifier, or an OnnxRunner that writes."""
-        return self._kind(self.model_path, pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+        """A session on the model: an OnnxClassifier, an OnnxReader, or an OnnxRunner that writes."""
+        options = {"pad_id": self.tokenizer.pad_id, "threads": threads, "provider": provider}
+        if self._kind is OnnxReader:
+            options["pair_mark"] = self.tokenizer.pair_mark
+        return self._kind(self.model_path, **options)
 
-    def predict(self, lines: list[str], runner: Any, *, max_new_tokens: int) -> Sequence[Answer | Decision]:
-        """What the model makes of each line: a label, or an answer of at most max_new_tokens."""
+    def predict(self, lines: list[str], runner: Any, *, max_new_tokens: int) -> Sequence[Answer | Decision | Found]:
+        """What the model makes of each line: a label, an answer found in a context, or one of at most max_new_tokens.
+
+        Raises InputError for a line that is not of the form that the task asks for.
+        """
+        if self._kind is OnnxReader:
+            return [self.find(*question_of(line), runner) for line in lines]
         if self.classifies:
             return self.classify(lines, runner)
         return self.answer(lines, runner, max_new_tokens=max_new_tokens)
@@ -137,6 +151,14 @@ class Bundle:
             label, probability = self.labels.decide(logits, calibration["temperature"])
             decisions.append(Decision(label, probability, probability >= calibration["threshold"]))
         return decisions
+
+    def find(self, question: str, context: str, runner: OnnxReader) -> Found:
+        """The answer to a question in a context of any length."""
+        keys = self.manifest["keys"]
+        reading = Reading(keys["longest_answer"], keys["no_answer_margin"], NO_ANSWER in self.manifest["labels"])
+        passage, length = Passage(question, context, (), ()), self.manifest["max_length"]
+        windows, _ = cut_windows(passage, "", self.tokenizer, max_length=length, stride=keys["stride"])
+        return find(windows, [runner.logits([window.input_ids], 2)[0] for window in windows], reading)
 
     def _content(self, text: str) -> str:
         recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
@@ -170,3 +192,18 @@ class Bundle:
             if name in there and there[name] != expected[name]
         ]
         return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]
+
+
+def question_of(line: str) -> tuple[str, str]:
+    """Question and context of a JSON line. Raises InputError if it holds something else."""
+    try:
+        asked = json.loads(line)
+        question, context = asked["question"], asked["context"]
+    except (ValueError, TypeError, KeyError):
+        question = context = None
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise InputError(
+            f"not a question with its context: {line[:60]}",
+            hint='a line is {"question": "…", "context": "…"}, as JSON',
+        )
+    return question, context

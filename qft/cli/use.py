@@ -57,7 +57,10 @@ def _open(name: str | None, runs: Path) -> Bundle:
 def predict_command(
     texts: tuple[str, ...], max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool
 ) -> None:
-    """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each."""
+    """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each.
+
+    A bundle that finds answers in a context is asked with JSON lines: {"question": "…", "context": "…"}.
+    """
     bundle = _open(bundle_name, runs)
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:

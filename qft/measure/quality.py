@@ -60,7 +60,8 @@ class Quality:
     answers exactly right, of rows with labels. label_percent: generated answers that are exactly one of the labels.
     ended_percent: those that the model ended by itself. preferred_percent: rows where the right label's first token is
     likelier than the other labels' (None if labels begin alike). macro_f1_percent, calibration_error_percent: see
-    `classification`. agreement: with the tuned model, where there is one.
+    `classification`. exact_match_percent: questions answered with the words of a right answer; f1_percent: see `answers`.
+    agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -76,6 +77,8 @@ class Quality:
     preferred_percent: float | None = None
     macro_f1_percent: float | None = None
     calibration_error_percent: float | None = None
+    exact_match_percent: float | None = None
+    f1_percent: float | None = None
     agreement: Agreement | None = None
 
 

@@ -66,6 +66,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "model": recipe.model,
         "data": recipe.data.model_dump(),
         "max_length": recipe.training.max_length,
+        "question_answering": recipe.question_answering.model_dump(),
         "files": [local_stamp(uri, relative_to) for uri in files],
     }
 
@@ -99,7 +100,8 @@ def run(job: Job) -> Facts:
         )
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
-    report = _report(counts, duplicates, conflicts, leaks, tallies, encoded)
+    used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
+    report = _report(counts, duplicates, conflicts, leaks, tallies, used, length_percentiles(encoded["train"]))
     described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
         base,
@@ -198,9 +200,10 @@ def _report(
     conflicts: int,
     leaks: Leaks,
     tallies: dict[str, EncodeCounts],
-    encoded: dict[str, list[EncodedRow]],
+    used: dict[str, int],
+    lengths: tuple[int, int, int],
 ) -> DataReport:
-    median, most, longest = length_percentiles(encoded["train"])
+    median, most, longest = lengths
 
     def total(key: str) -> int:
         return sum(asdict(tally)[key] for tally in tallies.values())
@@ -215,10 +218,11 @@ def _report(
         also_in_train=leaks.held_out,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
+        tokens=total("tokens"),
         unknown_tokens=total("unknown_tokens"),
-        train_rows=len(encoded["train"]),
-        validation_rows=len(encoded["validation"]),
-        eval_rows=len(encoded["eval"]),
+        train_rows=used["train"],
+        validation_rows=used["validation"],
+        eval_rows=used["eval"],
         train_tokens=tallies["train"].tokens,
         train_target_tokens=tallies["train"].target_tokens,
         length_median=median,

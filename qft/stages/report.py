@@ -138,8 +138,7 @@ def _examples(job: Job, target: str) -> Examples:
     if not answers or not answers[0].asked or not (job.run.data / "eval.jsonl").exists():
         return Examples()
     tokenizer = TextTokenizer.load(job.run.bundle(target))
-    task = job.task
-    prompts = [task.shown(row, tokenizer) for row in job.rows("eval")]
+    prompts = job.task.asked(job.rows("eval"), tokenizer)
     # What all prompts share, the template and the instruction, is not worth reading twelve times.
     begin = len(os.path.commonprefix(prompts))
     end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TASKS = {
     "text-generation": "qft.tasks.text_generation:TextGeneration",
     "text-classification": "qft.tasks.text_classification:TextClassification",
+    "question-answering": "qft.tasks.question_answering:QuestionAnswering",
 }
 
 
@@ -62,8 +63,8 @@ class Task(Protocol):
     def marked(self, row: Any, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
         """A row as runs of text, with whether they are learnt."""
 
-    def shown(self, row: Any, tokenizer: TextTokenizer) -> str:
-        """What a row asks, as text."""
+    def asked(self, rows: Sequence[Any], tokenizer: TextTokenizer) -> list[str]:
+        """What the rows ask, one text for every answer that `measure` gives."""
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """The model, as `qft.base_model.load` takes `how`."""

@@ -64,9 +64,9 @@ class TextClassification:
         fed = tokenizer.decode(row.input_ids, skip_special_tokens=False)
         return [(f"{fed} → ", False), (self.labels.named(row) or "(none)", True)]
 
-    def shown(self, row: Labelled, tokenizer: TextTokenizer) -> str:
-        """The text."""
-        return row.text
+    def asked(self, rows: Sequence[Labelled], tokenizer: TextTokenizer) -> list[str]:
+        """The texts."""
+        return [row.text for row in rows]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """With a head over the labels."""

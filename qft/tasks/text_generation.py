@@ -62,9 +62,9 @@ class TextGeneration:
         """What is in the loss."""
         return marked(row, tokenizer)
 
-    def shown(self, row: Encoded, tokenizer: TextTokenizer) -> str:
-        """The prompt."""
-        return tokenizer.decode(row.prompt)
+    def asked(self, rows: Sequence[Encoded], tokenizer: TextTokenizer) -> list[str]:
+        """The prompts."""
+        return [tokenizer.decode(row.prompt) for row in rows]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """A causal language model."""

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from qft.base_model import CLASSIFIER_PARTS
+from qft.base_model import HEAD_PARTS
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter of rank r beside the linear layers (arXiv 2106.09685); with task_type SEQ_CLS the head learns too, whole.
+    """An adapter of rank r beside the linear layers (arXiv 2106.09685); with task_type SEQ_CLS or QUESTION_ANS the head too, whole.
 
     alpha: the adapter is scaled by alpha / r, with use_rslora by alpha / sqrt(r) (arXiv 2312.03732). use_dora: direction
     and size of a weight learn apart (arXiv 2402.09353). init_lora_weights: default (nothing at first), or pissa: the
     base's largest singular directions learn, the rest is frozen (arXiv 2404.02948). modules_to_save: layers that learn
-    whole. task_type: PEFT's name of the task. base: what the adapter says it was trained on.
+    whole. task_type: PEFT's name of the task, see above. base: what the adapter says it was trained on.
     """
 
     r: int
@@ -46,6 +46,9 @@ class Lora:
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides: a float is as good
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
+            exclude_modules=["qa_outputs"]
+            if self.task_type == "QUESTION_ANS"
+            else None,  # else all-linear takes it, too
             modules_to_save=self.modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -99,7 +102,7 @@ def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
 
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        is_head = module is head or not CLASSIFIER_PARTS.isdisjoint(name.split("."))
+        is_head = module is head or not HEAD_PARTS.isdisjoint(name.split("."))
         if isinstance(module, torch.nn.Linear) and not is_head:
             codes, state = bnb.quantize_4bit(module.weight.data, quant_type=base, compress_statistics=double_quant)
             module.weight.data = bnb.dequantize_4bit(codes, state).to(module.weight.dtype)

@@ -15,7 +15,7 @@ from qft.files import write_bytes
 from qft.training.lora import as_plain
 
 _FILE = "learnt.safetensors"
-_HEADS = frozenset({"classifier", "score", "pre_classifier"})
+_HEADS = frozenset({"classifier", "score", "pre_classifier", "qa_outputs"})
 
 
 class Method(Protocol):
