@@ -146,7 +146,7 @@ class Bundle:
         calibration = self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
         decisions = []
         for text in texts:
-            ids = self.tokenizer.encode(self._content(text), add_special_tokens=True)
+            ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
             logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]
             label, probability = self.labels.decide(logits, calibration["temperature"])
             decisions.append(Decision(label, probability, probability >= calibration["threshold"]))
@@ -160,13 +160,14 @@ class Bundle:
         windows, _ = cut_windows(passage, "", self.tokenizer, max_length=length, stride=keys["stride"])
         return find(windows, [runner.logits([window.input_ids], 2)[0] for window in windows], reading)
 
-    def _content(self, text: str) -> str:
+    def content(self, text: str) -> str:
+        """A user's text with the recipe's prompt around it."""
         recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
         return recipe_prompt.replace("{" + column + "}", text) if recipe_prompt and column else text
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model is fed for a user's text: the recipe's prompt and the chat template around it."""
-        content = self._content(text)
+        content = self.content(text)
         if not self.tokenizer.has_chat_template:
             return self.tokenizer.encode(content, add_special_tokens=True)
         system = self.manifest.get("system")

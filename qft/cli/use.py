@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
+from qft.bundle.chat import Conversation
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
 from qft.cli.options import find_run, on_runs, shared
-from qft.console import Screen, print_json, print_line, print_table, value_text
+from qft.console import Screen, print_json, print_line, print_piece, print_table, typed_lines, value_text
 from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
@@ -72,6 +73,27 @@ def predict_command(
     else:
         for answer in answers:
             print_line(str(answer))
+
+
+@click.command("chat")
+@click.option("--system", help="Other words than the recipe's to open the conversation with.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer.")
+@_on_bundle
+def chat_command(system: str | None, max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool) -> None:
+    """Talk with a bundle: a line is what you say. Ctrl-C stops an answer, Ctrl-D ends; stdin may be a file of lines."""
+    bundle = _open(bundle_name, runs)
+    conversation = Conversation(bundle, bundle.runner(), system=system)
+    for line in typed_lines("› "):
+        try:
+            for piece in conversation.say(line, max_new_tokens=max_new_tokens):
+                if not as_json:
+                    print_piece(piece)
+        except KeyboardInterrupt:
+            pass  # what was said so far stays in the conversation
+        if not as_json:
+            print_line("" if conversation.turns[-1].ended else " …")
+    if as_json:
+        print_json({"turns": [asdict(turn) for turn in conversation.turns], "forgotten": conversation.forgotten})
 
 
 @click.command("eval")
