@@ -19,6 +19,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class AugmentKeys(_Section):
+    """Changed copies of the training rows (EDA, arXiv 1901.11196)."""
+
+    copies: Annotated[int, Field(ge=0)] = Field(0, description="changed copies of each training row; 0: none")
+    word_dropout: Share = Field(0.1, description="chance of a word to be left out of a copy")
+    word_swap: Share = Field(0.1, description="chance of a word to change places with the next one")
+    synonyms: str | None = Field(
+        None,
+        description="file of your own: a line is a group of words, with commas between, that may replace each other",
+    )
+    synonym: Share = Field(0.3, description="chance of a word on that list to be replaced")
+
+
 class DataKeys(_Section):
     """Rows: where they lie, how they become examples, which are held out."""
 
@@ -65,7 +78,8 @@ class DataKeys(_Section):
         None, description="system message put before every example; none: what the chat template does"
     )
     max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
-    seed: int = Field(0, description="seed of the split and of the order of rows")
+    augment: AugmentKeys = Field(AugmentKeys(), description="changed copies of training rows")  # type: ignore[call-arg]
+    seed: int = Field(0, description="seed of the split, of the order of rows and of changed copies")
 
 
 class QuantizationKeys(_Section):

@@ -161,6 +161,7 @@ VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
     "data.columns": ["a"],
     "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
+    "data.augment.synonyms": "words.txt",
     "data.system": "a", "data.label_separator": ";", "data.group_column": "a",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
     "lora.modules_to_save": ["embed_tokens"],

@@ -65,7 +65,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ("labels", _labels_text(report.labels)),
             (
                 "used",
-                f"{report.train_rows:,} to learn, {report.validation_rows:,} to choose, {report.eval_rows:,} to test",
+                f"{report.train_rows:,} to learn{_copies_text(report.changed_copies)}, {report.validation_rows:,} to choose, "
+                f"{report.eval_rows:,} to test",
             ),
             (
                 "tokens",
@@ -84,6 +85,10 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _copies_text(copies: int) -> str:
+    return f" ({copies:,} of them changed copies)" if copies else ""
 
 
 def _labels_text(labels: dict[str, int]) -> str:

@@ -18,7 +18,8 @@ class DataReport:
     """Rows and tokens after preparing.
 
     leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
-    their own whose text was among the training rows. tokens, unknown_tokens: of all parts.
+    their own whose text was among the training rows. changed_copies: of training rows, among train_rows.
+    tokens, unknown_tokens: of all parts.
     """
 
     rows_read: int
@@ -28,6 +29,7 @@ class DataReport:
     conflicts: int
     leaked: int
     also_in_train: int
+    changed_copies: int
     cut: int
     nothing_in_loss: int
     tokens: int

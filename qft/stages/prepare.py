@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.base_model import local_checkpoint
+from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, to_examples
 from qft.data.inspect import DataReport, length_percentiles
@@ -60,6 +61,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         recipe.model,
         *(uri for uri, _ in _train_uris(recipe)),
         *([recipe.data.eval] if isinstance(recipe.data.eval, str) else []),
+        *([recipe.data.augment.synonyms] if recipe.data.augment.synonyms else []),
     ]
     return {
         "task": recipe.task,
@@ -90,6 +92,8 @@ def run(job: Job) -> Facts:
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
     parts, leaks, eval_source = _split(job, kept)
+    copies = _copies(job, parts["train"])
+    parts["train"] += copies
     labels = _labels(parts["train"], counts)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
@@ -101,7 +105,9 @@ def run(job: Job) -> Facts:
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
     used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
-    report = _report(counts, duplicates, conflicts, leaks, tallies, used, length_percentiles(encoded["train"]))
+    report = _report(
+        counts, duplicates, conflicts, leaks, len(copies), tallies, used, length_percentiles(encoded["train"])
+    )
     described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
         base,
@@ -153,6 +159,16 @@ def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[l
     return to_examples(rows, shape_of(job.recipe))
 
 
+def _copies(job: Job, train: Sequence[Example]) -> list[Example]:
+    """Changed copies of training rows."""
+    keys, data = job.recipe.data.augment, job.recipe.data
+    if not keys.copies:
+        return []
+    listed = _fetch(job, keys.synonyms, "dataset").path.read_text("utf-8") if keys.synonyms else ""
+    changes = Changes(keys.word_dropout, keys.word_swap, keys.synonym, read_synonyms(listed))
+    return changed_copies(train, changes, copies=keys.copies, prompt=data.prompt, seed=data.seed)
+
+
 def layout_of(recipe: Recipe) -> dict[str, Any]:
     """How the recipe's files are read, as `read_rows` takes it."""
     return {"columns": recipe.data.columns, "text_separator": recipe.data.text_separator}
@@ -199,6 +215,7 @@ def _report(
     duplicates: int,
     conflicts: int,
     leaks: Leaks,
+    copies: int,
     tallies: dict[str, EncodeCounts],
     used: dict[str, int],
     lengths: tuple[int, int, int],
@@ -216,6 +233,7 @@ def _report(
         conflicts=conflicts,
         leaked=leaks.train,
         also_in_train=leaks.held_out,
+        changed_copies=copies,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
         tokens=total("tokens"),

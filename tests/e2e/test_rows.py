@@ -29,3 +29,24 @@ def test_a_file_for_each_label_and_test_rows_that_were_also_learnt(
     wrong = typed(tmp_path, "qft plan recipe.yaml data.train={positive:3}")
     assert wrong.returncode == 2
     assert "data.train" in wrong.stderr
+
+
+def test_changed_copies_are_of_rows_to_learn_and_counted(
+    tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]], typed: Type
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    (tmp_path / "words.txt").write_text("film, picture\ndull, boring\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ndata:\n  train: rows.jsonl\n  eval: 20\n  validation: 10\n"
+        "  augment: {copies: 2, synonyms: words.txt, synonym: 1}\n"
+    )
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["data"]
+    assert 78 < found["changed_copies"] <= 2 * 78
+    assert found["train_rows"] == 78 + found["changed_copies"]
+    assert (found["validation_rows"], found["eval_rows"]) == (10, 20)
+    learnt = (tmp_path / "runs/recipe/data/train.jsonl").read_text().splitlines()
+    assert len(learnt) == found["train_rows"]
+    assert "changed copies" in typed(tmp_path, "qft plan recipe.yaml").stdout
+    done = typed(tmp_path, "qft plan recipe.yaml data.augment.synonyms=nowhere.txt")
+    assert done.returncode == 2
+    assert "nowhere.txt" in done.stderr
