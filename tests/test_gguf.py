@@ -92,11 +92,14 @@ def test_the_pair_that_makes_the_best_piece_merges_first() -> None:
 
 
 @pytest.mark.parametrize("space_prefix", [False, True])
-def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path: Path, space_prefix: bool) -> None:
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(
+    tmp_path: Path, space_prefix: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pieces = made_up(space_prefix=space_prefix)
     folder = local_checkpoint(written(tmp_path / "tiny.gguf", pieces), cache=tmp_path)
+    assert capfd.readouterr().err == ""
     theirs, ours = AutoTokenizer.from_pretrained(folder), TextTokenizer.load(folder)
     plain = [
         text for text in texts(400) if not re.search(r"^ |  |\n|<br>", text)
