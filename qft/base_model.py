@@ -31,6 +31,11 @@ class LabelHead:
     pad_id: int
 
 
+@dataclass(frozen=True)
+class PlaceHead:
+    """A head that scores every token as the first and as the last of an answer."""
+
+
 def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = silent) -> Path:
     """A folder with config.json, safetensors and tokenizer.json. A .gguf is converted once, to bfloat16, and cached.
 
@@ -88,8 +93,8 @@ def check_writes(folder: Path) -> None:
 _PLAIN_ATTENTION_TOKENS = 512
 
 
-# Layers that stay float in a 4-bit classifier: new ones that learn whole, and the small ones before them.
-CLASSIFIER_PARTS = frozenset({"classifier", "score", "pre_classifier", "pooler"})
+# Layers that stay float in a 4-bit model with a head: new ones that learn whole, and the small ones before them.
+HEAD_PARTS = frozenset({"classifier", "score", "pre_classifier", "pooler", "qa_outputs"})
 
 
 def load(
@@ -100,9 +105,9 @@ def load(
     compute_dtype: str,
     longest: int | None = None,
     device: str = "cpu",
-    head: LabelHead | None = None,
+    head: LabelHead | PlaceHead | None = None,
 ) -> Any:
-    """A model for training or measuring: a causal LM, or with a head of labels a classifier.
+    """A model for training or measuring: a causal LM, or one with a head over labels or over places in a text.
 
     base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
     compute_dtype: a torch type's name, or auto (see `compute_type`).
@@ -121,12 +126,14 @@ def load(
             bnb_4bit_quant_type=base,
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=sorted(CLASSIFIER_PARTS) if head else None,
+            llm_int8_skip_modules=sorted(HEAD_PARTS) if head else None,
         )
     model: Any
     if head is None:
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         _make_head_input_contiguous(model)
+    elif isinstance(head, PlaceHead):
+        model = _load_reader(folder, options)
     else:
         model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
@@ -160,10 +167,35 @@ def _load_classifier(folder: Path, head: LabelHead, options: dict[str, Any]) -> 
     same = [known.get(str(number)) for number in range(len(known))] == list(head.names)
     if about["missing_keys"] or about["mismatched_keys"] or not same:
         _start_at_shares(linear, head)
-    linear.float()  # what learns, learns in float32, whatever the layers before it compute in
-    linear.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+    _compute_in_float32(linear)
     model.config.pad_token_id = head.pad_id
     return model
+
+
+def _load_reader(folder: Path, options: dict[str, Any]) -> Any:
+    """With the checkpoint's own head over places if it has one, else with one of zeros, to which all places are alike."""
+    import torch
+    from transformers import AutoModelForQuestionAnswering
+
+    try:
+        model, about = AutoModelForQuestionAnswering.from_pretrained(folder, output_loading_info=True, **options)
+    except ValueError as error:
+        raise InputError(
+            f"transformers has no model for question answering for {folder.name}: {str(error).splitlines()[0][:200]}",
+            where="model",
+            hint="an encoder such as BERT, with a …ForQuestionAnswering class, is needed",
+        ) from None
+    if any(name.startswith("qa_outputs") for name in about["missing_keys"]):
+        torch.nn.init.zeros_(model.qa_outputs.weight)
+        torch.nn.init.zeros_(model.qa_outputs.bias)
+    _compute_in_float32(model.qa_outputs)
+    return model
+
+
+def _compute_in_float32(linear: Any) -> None:
+    """What learns, learns in float32, whatever the layers before it compute in."""
+    linear.float()
+    linear.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
 
 
 def label_layer(model: Any, labels: int) -> Any:

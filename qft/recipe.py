@@ -32,17 +32,26 @@ class DataKeys(_Section):
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels"] = Field(
-        "auto", description="how a row becomes an example; auto looks at the columns"
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals", "qa"] = Field(
+        "auto",
+        description="how a row becomes an example; auto looks at the columns; evals: messages in `input`, the answer in `ideal`",
     )
     columns: list[str] | None = Field(
         None, description="names of the columns of a delimited file without a header line"
+    )
+    text_separator: str = Field(
+        "\n",
+        description="what stands between the texts of a .txt file: a line break, an empty line ('\\n\\n'), or '' if the "
+        "whole file is one text",
     )
     text_column: str = Field("text", description="column that holds the text (formats text and labels)")
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
     label_separator: str | None = Field(
         None,
         description="rows have any number of labels, with this between them; a column of lists needs no separator",
+    )
+    group_column: str | None = Field(
+        None, description="rows with one value here are never on both sides of a split: a speaker, a document"
     )
     bins: dict[str, str] | None = Field(
         None,
@@ -75,8 +84,18 @@ class QuantizationKeys(_Section):
     )
 
 
+class TuningKeys(_Section):
+    """What of the model learns."""
+
+    method: Literal["lora", "full", "head"] = Field(
+        "lora",
+        description="lora: an adapter beside the frozen base; full: every weight (needs quantization.base none); head: "
+        "the head over labels or places alone, fitted on what the frozen model says, then trained",
+    )
+
+
 class LoraKeys(_Section):
-    """The adapter (arXiv 2106.09685), trained and saved by PEFT."""
+    """The adapter (arXiv 2106.09685), trained and saved by PEFT; used if tuning.method is lora."""
 
     r: Count = Field(16, description="rank of the adapter")
     alpha: Positive = Field(32, description="scale of the adapter is alpha / r")
@@ -84,6 +103,17 @@ class LoraKeys(_Section):
         0.0, description="dropout on the adapter's input while training"
     )
     target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, or all-linear")
+    modules_to_save: list[str] | None = Field(
+        None, description="layers that learn whole beside the adapter, as [embed_tokens]"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r): for high ranks (arXiv 2312.03732)")
+    use_dora: bool = Field(
+        False, description="size and direction of a weight learn apart: slower, better at low ranks (arXiv 2402.09353)"
+    )
+    init_lora_weights: Literal["default", "pissa"] = Field(
+        "default",
+        description="pissa: the base's largest singular directions learn (arXiv 2404.02948; needs quantization.base none)",
+    )
 
 
 class TrainingKeys(_Section):
@@ -94,14 +124,25 @@ class TrainingKeys(_Section):
     warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")
     batch_size: Count = Field(16, description="rows of one forward pass")
     gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
-    max_length: Count = Field(512, description="tokens; longer rows are cut, and counted")
+    max_length: Count = Field(
+        512, description="tokens; longer rows are cut, and counted; plain texts are cut into pieces"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    label_smoothing: Share = Field(
+        0.0, description="share of a target's probability spread over all choices in the loss (arXiv 1512.00567)"
+    )
+    neftune_noise_alpha: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="noise on the embeddings while training, 5 to 15 for instructions (NEFTune, arXiv 2310.05914)"
+    )
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, about a third more time"
     )
     evaluations: Annotated[int, Field(ge=0)] = Field(
         4, description="how often in a run the validation rows are measured"
+    )
+    patience: Count | None = Field(
+        None, description="stop after so many measurements without a better validation loss; none: train to the end"
     )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
@@ -133,13 +174,27 @@ class ClassificationKeys(_Section):
     )
 
 
+class QuestionAnsweringKeys(_Section):
+    """What task question-answering makes of contexts and answers."""
+
+    stride: Count = Field(
+        128, description="tokens that neighbouring windows share, where a context is longer than training.max_length"
+    )
+    longest_answer: Count = Field(30, description="tokens of the longest answer that is considered")
+    no_answer_margin: float = Field(
+        0.0,
+        description="nats that 'no answer' must score above the best answer to be given; it is not considered where every "
+        "training row has an answer",
+    )
+
+
 class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "macro_f1", "perplexity"] = Field(
+    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match"] = Field(
         "auto",
-        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, "
-        "otherwise perplexity",
+        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
+        "found in a context, otherwise perplexity",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -202,10 +257,12 @@ class Recipe(_Section):
     task: str = Field("text-generation", description="transformers' task name")
     data: DataKeys = Field(description="rows and how they become examples")
     quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]
+    tuning: TuningKeys = Field(TuningKeys(), description="what of the model learns")  # type: ignore[call-arg]
     lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
+    question_answering: QuestionAnsweringKeys = Field(QuestionAnsweringKeys(), description="answers out of a context")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]

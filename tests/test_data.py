@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,20 @@ def test_a_source_may_hold_the_rows_of_one_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("separator", "expected"),
+    [
+        ("\n", {"a.txt:2": "one", "a.txt:3": "two", "a.txt:6": "three"}),
+        ("\n\n", {"a.txt:2": "one\ntwo", "a.txt:6": "three"}),
+        ("", {"a.txt:2": "one\ntwo\n\n\nthree"}),
+    ],
+)
+def test_texts_of_a_file_stand_between_separators(tmp_path: Path, separator: str, expected: dict[str, str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\none\r\ntwo\r\n\r\n\r\nthree\r\n")
+    rows = read_rows(tmp_path / "a.txt", columns=None, text_separator=separator)
+    assert {row.where: row.values["text"] for row in rows} == expected
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("rows.jsonl", b'{"text": "a"}\n{"text": \n{"text": "c"}\n', "rows.jsonl:2"),
@@ -111,10 +127,12 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
         {"prompt": "q", "completion": "a"},
         {"instruction": "q", "output": "a"},
         {"text": "q", "label": "a"},
+        {"input": [{"role": "user", "content": "q"}], "ideal": "a"},
+        {"input": [{"role": "user", "content": "q"}], "ideal": ["a", "A"]},
     ],
 )
 def test_every_format_becomes_a_question_and_an_answer(values: dict[str, Any]) -> None:
-    other = {**values, **({"label": "b"} if "label" in values else {})}
+    other = {**values, **{name: "b" for name in ("label", "ideal") if name in values}}
     examples, _ = to_examples([Row(values, "r:1"), Row(other, "r:2")], shape())
     assert [(m.role, m.content) for m in examples[0].messages] == [("user", "q"), ("assistant", "a")]
 
@@ -192,6 +210,16 @@ def test_a_split_that_leaves_nothing_is_refused(parts: dict[str, float]) -> None
         split_by_hash([example(str(n)) for n in range(100)], parts, seed=0)
 
 
+def test_rows_of_one_group_lie_on_one_side() -> None:
+    examples = [replace(example(str(n)), group=f"speaker {n % 7}") for n in range(70)]
+    parts = split_by_hash(examples, {"eval": 0.2, "validation": 5}, seed=0)
+    groups = {part: {e.group for e in rows} for part, rows in parts.items()}
+    assert {part: len(rows) for part, rows in parts.items()} == {"eval": 20, "validation": 10, "train": 40}
+    assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == 7
+    kept, leaks = without_leaks(examples, parts["eval"][:1])
+    assert (len(kept), leaks) == (60, Leaks(train=10, held_out=1))
+
+
 def test_rows_taken_by_hash_stay_when_more_are_added() -> None:
     few = [example(str(n)) for n in range(100)]
     chosen = {e.key() for e in take_by_hash(few, 20, seed=0)}
@@ -227,6 +255,19 @@ def test_our_ids_are_those_of_transformers(tiny_model: Path) -> None:
     messages = [{"role": "user", "content": "a fine film — 好"}, {"role": "assistant", "content": "positive"}]
     rendered = ours.render([Message(**m) for m in messages], add_generation_prompt=False)
     assert ours.encode(rendered) == theirs.apply_chat_template(messages, tokenize=True)
+
+
+def test_a_long_text_is_cut_into_pieces_and_every_token_is_a_target_once(tiny_model: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    text = Example((), "a fine film, well made and warm; " * 9, None, "r")
+    whole = encode(text, tokenizer)
+    for length in (7, len(whole.input_ids) - 1, len(whole.input_ids)):
+        pieces, counts = encode_all([text], tokenizer, max_length=length)
+        targets = [t for p in pieces for t, flag in zip(p.input_ids, p.in_loss, strict=True) if flag]
+        assert targets == list(whole.input_ids[1:])
+        assert max(len(p.input_ids) for p in pieces) == length
+        assert all(a.input_ids[-1] == b.input_ids[0] for a, b in itertools.pairwise(pieces))
+        assert (counts.cut, counts.nothing_in_loss) == (0, 0)
 
 
 def test_rows_cut_before_their_answer_are_dropped_and_counted(tiny_model: Path) -> None:

@@ -159,9 +159,11 @@ def test_stages_stand_on_stages_before_them() -> None:
 
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
-    "data.columns": ["a"], "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
-    "data.system": "a", "data.label_separator": ";",
+    "data.columns": ["a"],
+    "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
+    "data.system": "a", "data.label_separator": ";", "data.group_column": "a",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
+    "lora.modules_to_save": ["embed_tokens"],
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ _SHOWN_LABELS = 12
 @click.command("plan")
 @on_job(required=False)
 def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
-    """Prepare the rows and show three of them with the tokens that are in the loss, and the stages a run would do.
+    """Prepare the rows and show three of them with what is in the loss, and the stages a run would do.
 
     Stops if no token is in the loss, or all of them are.
     """
@@ -39,6 +39,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         print_json(
             {
                 "data": asdict(facts.report),
+                "warnings": facts.report.warnings(),
                 "sources": [asdict(s) for s in [facts.model, *facts.data]],
                 "stages": todo,
                 "rows": [
@@ -78,6 +79,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ),
         ],
     )
+    for warning in facts.report.warnings():
+        print_line(f"\nwarning: {warning}")
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")

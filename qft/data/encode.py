@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from qft.data.examples import Example
@@ -99,21 +99,18 @@ def encode_all(
     for number, example in enumerate(examples):
         if number % 500 == 0:
             on_progress(Progress("tokenize", number, len(examples), "rows"))
-        encoded = encode(example, tokenizer)
-        if len(encoded.input_ids) > max_length:
-            cut += 1
-            encoded = Encoded(
-                encoded.input_ids[:max_length],
-                encoded.in_loss[:max_length],
-                encoded.answer_start,
-                encoded.label,
-                encoded.where,
-            )
-        if not any(encoded.in_loss):
-            dropped += 1
-            continue
-        unknown += encoded.input_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
-        kept.append(encoded)
+        whole = encode(example, tokenizer)
+        if example.text is not None:
+            pieces = _pieces(whole, max_length)
+        else:
+            pieces = [replace(whole, input_ids=whole.input_ids[:max_length], in_loss=whole.in_loss[:max_length])]
+            cut += len(whole.input_ids) > max_length
+        for encoded in pieces:
+            if not any(encoded.in_loss):
+                dropped += 1
+                continue
+            unknown += encoded.input_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
+            kept.append(encoded)
     if examples and not kept:
         raise InputError(
             "no row keeps a token in the loss",
@@ -122,6 +119,21 @@ def encode_all(
         )
     tokens, targets = sum(len(e.input_ids) for e in kept), sum(sum(e.in_loss) for e in kept)
     return kept, EncodeCounts(cut, dropped, unknown, tokens, targets)
+
+
+def _pieces(whole: Encoded, max_length: int) -> list[Encoded]:
+    """A plain text in pieces of at most `max_length` tokens.
+
+    Each piece begins with the last token of the one before, so that every token but the first is a target once.
+    """
+    ids, step = whole.input_ids, max_length - 1
+    if len(ids) <= max_length:
+        return [whole]
+    parts = [ids[start : start + max_length] for start in range(0, len(ids) - 1, step)]
+    return [
+        Encoded(part, (False, *[True] * (len(part) - 1)), 1, None, f"{whole.where} piece {number}")
+        for number, part in enumerate(parts, 1)
+    ]
 
 
 def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:

@@ -1,4 +1,4 @@
-"""Held-out rows by a hash of their text, so that equal texts never lie on both sides."""
+"""Held-out rows by a hash of their text or group, so that equal texts and one group's rows never lie on both sides."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def split_by_hash(
 ) -> dict[str, list[Example]]:
     """Cut off `parts` (a fraction below 1, or a number of rows); the rest is "train". Order within a part is kept.
 
-    A row's place is SHA-256(seed, text), so adding rows moves few others. Raises InputError if a part would be empty.
+    A row's place is SHA-256(seed, text or group), so adding rows moves few others; a group is larger than a row, and the last one
+    taken may make a part larger than asked for. Raises InputError if a part would be empty.
     """
-    draws = {key: _draw(key, seed) for key in {e.key() for e in examples}}
+    draws = {unit: _draw(unit, seed) for unit in {e.unit() for e in examples}}
     order = sorted(draws, key=draws.__getitem__)
     rows_of: dict[str, int] = {}
     for example in examples:
-        rows_of[example.key()] = rows_of.get(example.key(), 0) + 1
+        rows_of[example.unit()] = rows_of.get(example.unit(), 0) + 1
     owner: dict[str, str] = {}
     position = 0
     for part, size in parts.items():
@@ -51,7 +52,7 @@ def split_by_hash(
             position += 1
     result: dict[str, list[Example]] = {part: [] for part in (*parts, "train")}
     for example in examples:
-        result[owner.get(example.key(), "train")].append(example)
+        result[owner.get(example.unit(), "train")].append(example)
     for part, rows in result.items():
         if not rows:
             raise InputError(
@@ -80,10 +81,14 @@ class Leaks:
 
 
 def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], Leaks]:
-    """Training rows whose text is not held out, and how many rows of either side had a text of the other."""
-    known, learnt = {e.key() for e in held_out}, {e.key() for e in train}
-    kept = [e for e in train if e.key() not in known]
-    return kept, Leaks(len(train) - len(kept), sum(e.key() in learnt for e in held_out))
+    """Training rows whose text and group are not held out, and how many rows of either side had those of the other."""
+    known, learnt = (_known(side) for side in (held_out, train))
+    kept = [e for e in train if known.isdisjoint((e.key(), e.unit()))]
+    return kept, Leaks(len(train) - len(kept), sum(not learnt.isdisjoint((e.key(), e.unit())) for e in held_out))
+
+
+def _known(examples: Sequence[Example]) -> set[str]:
+    return {known for e in examples for known in (e.key(), e.unit())}
 
 
 def _draw(key: str, seed: int) -> float:

@@ -37,7 +37,8 @@ class Witness(Protocol):
 class RowAnswer:
     """One held-out row: what was expected, what was answered, its mean loss a target (nats).
 
-    ended: by the model itself. probability: that it gives its answer, where it chooses among labels.
+    ended: by the model itself. probability: that it gives its answer, where it chooses among labels. asked: False if only
+    its loss was taken; answer, right and ended then mean nothing.
     """
 
     where: str
@@ -47,6 +48,8 @@ class RowAnswer:
     ended: bool
     loss: float
     probability: float | None = None
+    targets: int = 1
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Quality:
     answers exactly right, of rows with labels. label_percent: generated answers that are exactly one of the labels.
     ended_percent: those that the model ended by itself. preferred_percent: rows where the right label's first token is
     likelier than the other labels' (None if labels begin alike). macro_f1_percent, calibration_error_percent: see
-    `classification`. agreement: with the tuned model, where there is one.
+    `classification`. exact_match_percent: questions answered with the words of a right answer; f1_percent: see `answers`.
+    agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -73,6 +77,8 @@ class Quality:
     preferred_percent: float | None = None
     macro_f1_percent: float | None = None
     calibration_error_percent: float | None = None
+    exact_match_percent: float | None = None
+    f1_percent: float | None = None
     agreement: Agreement | None = None
 
 
@@ -104,7 +110,8 @@ def measure(
     """Measure every row, by accuracy or perplexity (auto: accuracy if rows have labels).
 
     One teacher-forced pass gives each row's loss and tells whether greedy generation would give the expected answer
-    token for token; only rows where it would not are generated, to see what is answered instead.
+    token for token; only rows where it would not are generated, to see what is answered instead. Rows without labels are
+    not generated: many answers are as good as the expected one.
     """
     labels = sorted({r.label for r in rows if r.label is not None})
     first = _first_tokens(rows, labels)
@@ -120,8 +127,20 @@ def measure(
                 how.witness.look(index, logits)
         done += len(batch)
         how.on_progress(Progress("measure", done, len(rows), "rows"))
-    answers = _answers(runner, rows, forced, tokenizer, how, most_tokens) if labels else []
-    return _summary(how.metric, rows, forced, answers, labels), answers
+    if labels:
+        answers = _answers(runner, rows, forced, tokenizer, how, most_tokens)
+        return _summary(how.metric, rows, forced, answers, labels), answers
+    losses = [
+        RowAnswer(
+            r.where, _expected(r, tokenizer), "", False, False, f.nats / r.targets, targets=r.targets, asked=False
+        )
+        for r, f in zip(rows, forced, strict=True)
+    ]
+    return _summary(how.metric, rows, forced, [], labels), losses
+
+
+def _expected(row: Encoded, tokenizer: TextTokenizer) -> str:
+    return tokenizer.decode([token for token, flag in zip(row.input_ids, row.in_loss, strict=True) if flag])
 
 
 def batches(lengths: Sequence[int], batch_size: int, most_tokens: int = _MOST_TOKENS) -> Iterator[list[int]]:
@@ -194,7 +213,8 @@ def _answers(
     for index, (row, result) in enumerate(zip(rows, forced, strict=True)):
         expected = row.label or ""
         text, ended = texts.get(index, (expected, True))
-        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, result.nats / row.targets))
+        loss = result.nats / row.targets
+        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, loss, targets=row.targets))
     return answers
 
 

@@ -51,7 +51,7 @@ def even_out(model: Any, rows: Sequence[Sequence[int]]) -> int:
     rows = [row[:_TOKENS] for row in random.Random(0).sample(rows, min(_ROWS, len(rows)))]
 
     def said(row: Sequence[int]) -> Tensor:
-        return model(input_ids=torch.tensor([list(row)], device=model.device)).logits
+        return model(input_ids=torch.tensor([list(row)], device=model.device))[0]  # logits, of whatever they are
 
     with _sources_watched(model) as sources:
         before, *_ = [said(row) for row in rows]

@@ -34,6 +34,8 @@ class WaterfallStep:
         shares = {
             "exactly right": q.accuracy_percent,
             "macro F1": q.macro_f1_percent,
+            "exact match": q.exact_match_percent,
+            "F1": q.f1_percent,
             "a label": q.label_percent,
             "ended": q.ended_percent,
             "prefers right": q.preferred_percent,

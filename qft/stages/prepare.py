@@ -23,7 +23,7 @@ from qft.files import folder_aside, write_text
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
-from qft.stages.job import Job, make_task
+from qft.stages.job import Job, check_keys, make_task
 
 NEEDS: tuple[str, ...] = ()
 
@@ -66,6 +66,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "model": recipe.model,
         "data": recipe.data.model_dump(),
         "max_length": recipe.training.max_length,
+        "question_answering": recipe.question_answering.model_dump(),
         "files": [local_stamp(uri, relative_to) for uri in files],
     }
 
@@ -79,6 +80,7 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job) -> Facts:
     """Fetch, read, split, tokenize."""
     recipe = job.recipe
+    check_keys(recipe)
     without_labels = make_task(recipe, LabelSet((), (), False, 0))  # a wrong name is said before anything is fetched
     model = _fetch(job, recipe.model, "model")
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
@@ -98,7 +100,8 @@ def run(job: Job) -> Facts:
         )
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
-    report = _report(counts, duplicates, conflicts, leaks, tallies, encoded)
+    used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
+    report = _report(counts, duplicates, conflicts, leaks, tallies, used, length_percentiles(encoded["train"]))
     described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
         base,
@@ -141,20 +144,23 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 
 def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[list[Example], Counts]:
     """sources: each with the label of all its rows."""
-    keys, rows = job.recipe.data, []
+    rows, how, column = [], layout_of(job.recipe), job.recipe.data.label_column
     for source, label in sources:
         if label is None:
-            rows += read_rows(source.path, columns=keys.columns)
+            rows += read_rows(source.path, **how)
         else:
-            rows += read_labelled_rows(source.path, columns=keys.columns, column=keys.label_column, label=label)
+            rows += read_labelled_rows(source.path, column=column, label=label, **how)
     return to_examples(rows, shape_of(job.recipe))
+
+
+def layout_of(recipe: Recipe) -> dict[str, Any]:
+    """How the recipe's files are read, as `read_rows` takes it."""
+    return {"columns": recipe.data.columns, "text_separator": recipe.data.text_separator}
 
 
 def shape_of(recipe: Recipe) -> Shape:
     """How the recipe's rows become examples."""
     keys = recipe.data
-    if recipe.task == "text-classification" and keys.system is not None:
-        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
     return Shape(
         keys.format,
         keys.text_column,
@@ -163,6 +169,7 @@ def shape_of(recipe: Recipe) -> Shape:
         keys.prompt,
         keys.system,
         keys.label_separator,
+        keys.group_column,
     )
 
 
@@ -193,9 +200,10 @@ def _report(
     conflicts: int,
     leaks: Leaks,
     tallies: dict[str, EncodeCounts],
-    encoded: dict[str, list[EncodedRow]],
+    used: dict[str, int],
+    lengths: tuple[int, int, int],
 ) -> DataReport:
-    median, most, longest = length_percentiles(encoded["train"])
+    median, most, longest = lengths
 
     def total(key: str) -> int:
         return sum(asdict(tally)[key] for tally in tallies.values())
@@ -210,10 +218,11 @@ def _report(
         also_in_train=leaks.held_out,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
+        tokens=total("tokens"),
         unknown_tokens=total("unknown_tokens"),
-        train_rows=len(encoded["train"]),
-        validation_rows=len(encoded["validation"]),
-        eval_rows=len(encoded["eval"]),
+        train_rows=used["train"],
+        validation_rows=used["validation"],
+        eval_rows=used["eval"],
         train_tokens=tallies["train"].tokens,
         train_target_tokens=tallies["train"].target_tokens,
         length_median=median,

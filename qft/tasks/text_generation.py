@@ -33,8 +33,10 @@ class TextGeneration:
     ort_class = "ORTModelForCausalLM"
     peft_type = "CAUSAL_LM"
     metrics = ("accuracy", "perplexity")
+    section = None
+    chats = True
 
-    def __init__(self, labels: LabelSet, *, class_weights: str) -> None:
+    def __init__(self, labels: LabelSet) -> None:
         """Labels, where rows have them, are answers like others."""
 
     def check_base(self, folder: Path) -> None:
@@ -60,9 +62,9 @@ class TextGeneration:
         """What is in the loss."""
         return marked(row, tokenizer)
 
-    def shown(self, row: Encoded, tokenizer: TextTokenizer) -> str:
-        """The prompt."""
-        return tokenizer.decode(row.prompt)
+    def asked(self, rows: Sequence[Encoded], tokenizer: TextTokenizer) -> list[str]:
+        """The prompts."""
+        return [tokenizer.decode(row.prompt) for row in rows]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """A causal language model."""
@@ -89,6 +91,11 @@ class TextGeneration:
     def describe(self, merged: Path, folder: Path, model: str, inputs: Sequence[str], tokenizer: TextTokenizer) -> None:
         """For transformers.js, optimum and onnxruntime-genai."""
         write_decoder_configs(merged, folder, Decoder(model, inputs, tokenizer.stop_ids, tokenizer.pad_id))
+
+    def calibrate(
+        self, bundle: Bundle, validation: Sequence[Encoded], test: Sequence[Encoded], *, batch_size: int
+    ) -> None:
+        """An answer that is written is given without a probability."""
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Encoded]) -> list[GoldenCase]:
         """Greedy answers. Plain text has no prompt: its first half asks for the second."""
