@@ -175,6 +175,14 @@ class FoldKeys(_Section):
     r: Count = Field(16, description="rank of the adapter inside the rounding")
 
 
+class TextGenerationKeys(_Section):
+    """What task text-generation learns of a conversation."""
+
+    loss_on: Literal["every-answer", "last-answer"] = Field(
+        "every-answer", description="which of the assistant's turns are in the loss"
+    )
+
+
 class ClassificationKeys(_Section):
     """What task text-classification makes of labels."""
 
@@ -275,6 +283,7 @@ class Recipe(_Section):
     lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
+    text_generation: TextGenerationKeys = Field(TextGenerationKeys(), description="conversations")  # type: ignore[call-arg]
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
     question_answering: QuestionAnsweringKeys = Field(QuestionAnsweringKeys(), description="answers out of a context")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]

@@ -246,6 +246,9 @@ def test_every_answer_of_a_conversation_is_in_the_loss(tiny_model: Path) -> None
     targets = [token for token, flag in zip(encoded.input_ids, encoded.in_loss, strict=True) if flag]
     assert tokenizer.decode(targets, skip_special_tokens=False) == "fine<|im_end|>dull<|im_end|>"
     assert tokenizer.decode(encoded.answer, skip_special_tokens=False) == "dull<|im_end|>"
+    last = encode(Example(tuple(turns), None, None, "r"), tokenizer, last_only=True)
+    assert last.input_ids == encoded.input_ids
+    assert [t for t, flag in zip(last.input_ids, last.in_loss, strict=True) if flag] == list(encoded.answer)
 
 
 def test_our_ids_are_those_of_transformers(tiny_model: Path) -> None:

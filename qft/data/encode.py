@@ -88,18 +88,23 @@ class EncodeCounts:
 
 
 def encode_all(
-    examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress = silent
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    *,
+    max_length: int,
+    last_only: bool = False,
+    on_progress: OnProgress = silent,
 ) -> tuple[list[Encoded], EncodeCounts]:
     """Encode every example; rows that keep no target within `max_length` are dropped and counted.
 
-    Raises InputError if none is left.
+    last_only: see `encode`. Raises InputError if no row is left.
     """
     kept: list[Encoded] = []
     cut = dropped = unknown = 0
     for number, example in enumerate(examples):
         if number % 500 == 0:
             on_progress(Progress("tokenize", number, len(examples), "rows"))
-        whole = encode(example, tokenizer)
+        whole = encode(example, tokenizer, last_only=last_only)
         if example.text is not None:
             pieces = _pieces(whole, max_length)
         else:
@@ -136,11 +141,12 @@ def _pieces(whole: Encoded, max_length: int) -> list[Encoded]:
     ]
 
 
-def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
+def encode(example: Example, tokenizer: TextTokenizer, *, last_only: bool = False) -> Encoded:
     """Tokenize one example.
 
     Prompt and answer are tokenized on their own and joined, because a runtime tokenizes the prompt alone: the ids the
-    model is trained on are the ids it will see. In the loss: every assistant turn and its end-of-turn token.
+    model is trained on are the ids it will see. In the loss: every assistant turn and its end-of-turn token, or (last_only)
+    that of the last one.
     """
     if example.text is not None:
         return _plain_text(example, tokenizer)
@@ -153,6 +159,7 @@ def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
         if is_answer:
             answer_start = len(ids)
             part, targets = _answer_targets(part, text, tokenizer)
+            flags = [flag and not last_only for flag in flags]
         else:
             targets = [False] * len(part)
         ids += part

@@ -68,6 +68,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "model": recipe.model,
         "data": recipe.data.model_dump(),
         "max_length": recipe.training.max_length,
+        "text_generation": recipe.text_generation.model_dump(),
         "question_answering": recipe.question_answering.model_dump(),
         "files": [local_stamp(uri, relative_to) for uri in files],
     }

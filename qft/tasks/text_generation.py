@@ -33,11 +33,12 @@ class TextGeneration:
     ort_class = "ORTModelForCausalLM"
     peft_type = "CAUSAL_LM"
     metrics = ("accuracy", "perplexity")
-    section = None
+    section = "text_generation"
     chats = True
 
-    def __init__(self, labels: LabelSet) -> None:
-        """Labels, where rows have them, are answers like others."""
+    def __init__(self, labels: LabelSet, *, loss_on: str) -> None:
+        """Labels, where rows have them, are answers like others. loss_on: every-answer or last-answer of a conversation."""
+        self.last_only = loss_on == "last-answer"
 
     def check_base(self, folder: Path) -> None:
         """A causal language model."""
@@ -47,7 +48,7 @@ class TextGeneration:
         self, examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress
     ) -> tuple[list[Encoded], EncodeCounts]:
         """The model's chat template around every conversation, answers in the loss."""
-        return encode_all(examples, tokenizer, max_length=max_length, on_progress=on_progress)
+        return encode_all(examples, tokenizer, max_length=max_length, last_only=self.last_only, on_progress=on_progress)
 
     def check_rows(self, rows: Sequence[Encoded]) -> None:
         """Some tokens are in the loss, and unless rows are plain text, not all."""
