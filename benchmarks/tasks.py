@@ -15,7 +15,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,15 @@ _FEW = {"data.max_train_rows": 128, "data.eval": 64, "data.validation": 32, "tra
         "bench.trials": 2, "training.evaluations": 1}  # fmt: skip
 
 
-def run(path: Path, runs: Path, *, quick: bool) -> dict[str, Any]:
-    """What `qft run RECIPE --json` printed, with the rows' answers before tuning and as shipped. A failed `verify` is kept."""
-    few = [f"{key}={value}" for key, value in _FEW.items() if _changes(path, key)] if quick else []
-    name = f"{path.stem}-quick" if quick else path.stem
-    sys.stderr.write(f"qft run recipes/{path.name} {' '.join(few)}\n")
-    _qft("run", str(path), f"name={name}", *few, "--runs", str(runs), stdout=sys.stderr)
+def run(path: Path, runs: Path, changes: Mapping[str, object], *, name: str) -> dict[str, Any]:
+    """What `qft run RECIPE key=value …` came to, with the rows' answers before tuning and as shipped; a failed `verify` too."""
+    words = [f"{key}={value}" for key, value in changes.items()]
+    sys.stderr.write(f"qft run recipes/{path.name} {' '.join(words)}\n")
+    _qft("run", str(path), f"name={name}", *words, "--runs", str(runs), stdout=sys.stderr)
     found = json.loads(_qft("report", str(runs / name), "--json", stdout=subprocess.PIPE))
-    target = found["waterfall"][-1]["target"]
-    answers = {
-        stage: _answers(runs / name / "answers" / f"{stage}.jsonl") for stage in ("baseline", f"quantize-{target}")
-    }
-    return {"summary": found, "before": answers["baseline"], "shipped": answers[f"quantize-{target}"]}
+    shipped = f"quantize-{found['waterfall'][-1]['target']}"
+    before, after = (_answers(runs / name / "answers" / f"{stage}.jsonl") for stage in ("baseline", shipped))
+    return {"summary": found, "before": before, "shipped": after}
 
 
 def _qft(*words: str, stdout: Any) -> str:
@@ -122,7 +119,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where every row's answer goes")
     words = parser.parse_args()
     only = words.only.split(",") if words.only else [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
-    found = {name: run(RECIPES / f"{name}.yaml", words.runs, quick=words.quick) for name in only}
+    found = {}
+    for stem in only:
+        path = RECIPES / f"{stem}.yaml"
+        few = {key: value for key, value in _FEW.items() if words.quick and _changes(path, key)}
+        found[stem] = run(path, words.runs, few, name=f"{stem}-quick" if words.quick else stem)
     table = [row(name, each) for name, each in found.items()]
     about = {"quick": words.quick, "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, {**about, "result": {"recipes": table}, "rows": found})

@@ -169,6 +169,7 @@ class Summary:
             "prefill_tokens_per_second": speed.prefill_tokens_per_second.median if isinstance(speed, Speed) else None,
             "decode_tokens_per_second": speed.decode_tokens_per_second.median if isinstance(speed, Speed) else None,
             "texts_per_second": speed.texts_per_second.median if isinstance(speed, ClassifierSpeed) else None,
+            "trainable_parameters": self.training.trainable_parameters if self.training else None,
             "train_tokens_per_second": self.training.tokens_per_second if self.training else None,
             "merge": {"way": self.merge_way, "validation_losses": dict(self.merge_losses)} if self.merge_way else None,
             "finer_layers": dict(self.finer_layers),
