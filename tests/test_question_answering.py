@@ -20,7 +20,7 @@ from qft.bundle.manifest import question_of
 from qft.bundle.reader import PADDING, Reading, find, span_scores
 from qft.data.examples import Shape, to_examples
 from qft.data.passages import Passage, read_passage
-from qft.data.rows import Row
+from qft.data.rows import Row, read_rows
 from qft.data.split import split_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
 from qft.data.windows import NOWHERE, Window, by_question, cut_windows, text_numbers, window_all
@@ -176,6 +176,24 @@ def test_a_question_that_is_too_long_loses_its_end(tokenizer: TextTokenizer) -> 
 def test_answers_are_read_in_all_their_forms(values: dict, answers: tuple, starts: tuple) -> None:
     found = read_passage({"question": "?", "context": "a b", **values}, "row")
     assert (found.answers, found.starts) == (answers, starts)
+
+
+def test_squads_own_file_is_read(tmp_path: Path) -> None:
+    asked = [
+        {"id": "1", "question": "Where?", "answers": [{"text": "in town", "answer_start": 3}], "is_impossible": False},
+        {"id": "2", "question": "When?", "answers": [], "plausible_answers": [{"text": "is", "answer_start": 0}]},
+    ]
+    article = {"title": "t", "paragraphs": [{"context": "is in town", "qas": asked}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": [article]}))
+    examples, counts = to_examples(read_rows(tmp_path / "dev-v2.0.json", columns=None), SHAPE)
+    assert [e.passage for e in examples] == [
+        Passage("Where?", "is in town", ("in town",), (3,)),
+        Passage("When?", "is in town", (), ()),
+    ]
+    assert counts.labels == {"answered": 1, "no answer": 1}
+    (tmp_path / "bad.json").write_text('{"data": [{"rows": 1}]}')
+    with pytest.raises(InputError, match="SQuAD's form"):
+        read_rows(tmp_path / "bad.json", columns=None)
 
 
 @pytest.mark.parametrize("answers", ["b", ["b"], {"text": ["b"], "answer_start": [1, 2]}, {"texts": []}, 3])
