@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qft.base_model import PlaceHead, load
@@ -19,7 +20,7 @@ from qft.bundle.manifest import question_of
 from qft.bundle.reader import PADDING, Reading, find, span_scores
 from qft.data.examples import Shape, to_examples
 from qft.data.passages import Passage, read_passage
-from qft.data.rows import Row
+from qft.data.rows import Row, read_rows
 from qft.data.split import split_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
 from qft.data.windows import NOWHERE, Window, by_question, cut_windows, text_numbers, window_all
@@ -60,9 +61,34 @@ def asked(tokenizer: TextTokenizer, answer: str = "at home", *, max_length: int 
     return window_all(examples, tokenizer, max_length=max_length, stride=stride)[0]
 
 
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer as RoBERTa's: bytes, two marks between the texts, which it does not number."""
+    folder = tmp_path_factory.mktemp("byte-level")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CONTEXT], trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "sep_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.mark.parametrize(("max_length", "stride"), [(24, 8), (24, 1), (32, 10), (40, 3), (128, 16)])
-def test_windows_are_those_of_transformers(tiny_encoder: Path, max_length: int, stride: int) -> None:
-    reference = PreTrainedTokenizerFast.from_pretrained(tiny_encoder)(
+@pytest.mark.parametrize("kind", ["tiny_encoder", "byte_level"])
+def test_windows_are_those_of_transformers(
+    request: pytest.FixtureRequest, kind: str, max_length: int, stride: int
+) -> None:
+    folder = request.getfixturevalue(kind)
+    max_length *= 2 if kind == "byte_level" else 1  # its tokens are shorter
+    reference = PreTrainedTokenizerFast.from_pretrained(folder)(
         QUESTION,
         CONTEXT,
         truncation="only_second",
@@ -72,14 +98,19 @@ def test_windows_are_those_of_transformers(tiny_encoder: Path, max_length: int, 
         return_offsets_mapping=True,
         return_token_type_ids=True,
     )
-    own = TextTokenizer.load(tiny_encoder)
+    own = TextTokenizer.load(folder)
     windows = asked(own, max_length=max_length, stride=stride)
     assert [list(w.input_ids) for w in windows] == reference["input_ids"]
     assert [text_numbers(w.input_ids, own.pair_mark) for w in windows] == reference["token_type_ids"]
     for number, window in enumerate(windows):
         inside = [place for place, text in enumerate(reference.sequence_ids(number)) if text == 1]
         assert window.first == inside[0]
-        assert list(window.offsets) == [reference["offset_mapping"][number][place] for place in inside]
+        theirs = [reference["offset_mapping"][number][place] for place in inside]
+        # RoBERTa's own step takes spaces off a token's characters, in the first window alone.
+        assert [CONTEXT[slice(*pair)].strip() for pair in window.offsets] == [
+            CONTEXT[slice(*p)].strip() for p in theirs
+        ]
+        assert kind == "byte_level" or list(window.offsets) == theirs
 
 
 def test_windows_cover_every_token_and_give_its_characters_back(tokenizer: TextTokenizer) -> None:
@@ -145,6 +176,24 @@ def test_a_question_that_is_too_long_loses_its_end(tokenizer: TextTokenizer) -> 
 def test_answers_are_read_in_all_their_forms(values: dict, answers: tuple, starts: tuple) -> None:
     found = read_passage({"question": "?", "context": "a b", **values}, "row")
     assert (found.answers, found.starts) == (answers, starts)
+
+
+def test_squads_own_file_is_read(tmp_path: Path) -> None:
+    asked = [
+        {"id": "1", "question": "Where?", "answers": [{"text": "in town", "answer_start": 3}], "is_impossible": False},
+        {"id": "2", "question": "When?", "answers": [], "plausible_answers": [{"text": "is", "answer_start": 0}]},
+    ]
+    article = {"title": "t", "paragraphs": [{"context": "is in town", "qas": asked}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": [article]}))
+    examples, counts = to_examples(read_rows(tmp_path / "dev-v2.0.json", columns=None), SHAPE)
+    assert [e.passage for e in examples] == [
+        Passage("Where?", "is in town", ("in town",), (3,)),
+        Passage("When?", "is in town", (), ()),
+    ]
+    assert counts.labels == {"answered": 1, "no answer": 1}
+    (tmp_path / "bad.json").write_text('{"data": [{"rows": 1}]}')
+    with pytest.raises(InputError, match="SQuAD's form"):
+        read_rows(tmp_path / "bad.json", columns=None)
 
 
 @pytest.mark.parametrize("answers", ["b", ["b"], {"text": ["b"], "answer_start": [1, 2]}, {"texts": []}, 3])

@@ -120,9 +120,24 @@ def _read_json(path: Path, text: str, columns: list[str] | None) -> list[Row]:
         value = json.loads(text or "[]")
     except ValueError as error:
         raise InputError(f"not JSON: {error}", where=path.name, hint="one object a line is .jsonl") from None
+    if isinstance(value, dict) and "data" in value:
+        return _read_squad(path, value["data"])
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise InputError("not a list of objects", where=path.name)
     return [Row(row, f"{path.name}[{index}]") for index, row in enumerate(value)]
+
+
+def _read_squad(path: Path, articles: Any) -> list[Row]:
+    """The file of SQuAD (arXiv 1606.05250): articles of paragraphs, each with its questions."""
+    try:
+        return [
+            Row({"context": part["context"], **asked}, f"{path.name}[{asked['id']}]")
+            for article in articles
+            for part in article["paragraphs"]
+            for asked in part["qas"]
+        ]
+    except (TypeError, KeyError):
+        raise InputError("neither a list of objects nor a file of SQuAD's form", where=path.name) from None
 
 
 def _read_csv(path: Path, text: str, columns: list[str] | None, delimiter: str = ",") -> list[Row]:

@@ -90,34 +90,35 @@ def cut_windows(
             where="model",
             hint="question-answering needs an encoder such as BERT",
         )
+    asked = pair.begin - pair.between
+    head = [*pair.input_ids[: min(asked, max_length // 2)], *pair.input_ids[asked : pair.begin]]
     tail = pair.input_ids[pair.end :]
-    asked = pair.input_ids[: pair.begin - pair.between][: max_length // 2]
-    head = [*asked, *pair.input_ids[pair.begin - pair.between : pair.begin]]
     room = max_length - len(head) - len(tail)
     if room < 2:
         raise InputError(f"{max_length} tokens hold no question with its context", where="training.max_length")
-    step, count = room - min(stride, room // 2), pair.end - pair.begin
-    windows: list[Window] = []
-    for begin in range(0, max(1, count), step):
-        offsets = pair.offsets[begin : begin + room]
-        ids = pair.input_ids[pair.begin + begin : min(pair.end, pair.begin + begin + room)]
-        text = passage.context[offsets[0][0] : offsets[-1][1]] if offsets else ""
+    windows = []
+    for number, (begin, end) in enumerate(_cuts(pair.end - pair.begin, room, min(stride, room // 2))):
+        offsets = pair.offsets[begin:end]
         windows.append(
             Window(
-                (*head, *ids, *tail),
-                NOWHERE,
-                len(head),
-                tuple(offsets),
-                text,
-                len(windows),
-                passage.question,
-                passage.answers,
-                where,
+                input_ids=(*head, *pair.input_ids[pair.begin + begin : pair.begin + end], *tail),
+                span=NOWHERE,
+                first=len(head),
+                offsets=tuple(offsets),
+                text=passage.context[offsets[0][0] : offsets[-1][1]] if offsets else "",
+                number=number,
+                question=passage.question,
+                answers=passage.answers,
+                where=where,
             )
         )
-        if begin + room >= count:
-            break
     return windows, len(head) < pair.begin
+
+
+def _cuts(count: int, room: int, shared: int) -> list[tuple[int, int]]:
+    """(begin, end) of pieces of `count` tokens, of at most `room` each, neighbours sharing `shared`; at least one piece."""
+    begins = range(0, max(1, count - shared), room - shared)
+    return [(begin, min(count, begin + room)) for begin in begins]
 
 
 def place(window: Window, span: tuple[int, int] | None) -> Window:
