@@ -75,7 +75,7 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     from qft.base_model import load
     from qft.bundle.assets import copy_tokenizer
     from qft.training.causal import CausalForward
-    from qft.training.lora import merge, round_base_to_4bit
+    from qft.training.lora import round_base_to_4bit
     from qft.training.runner import TorchRunner
 
     best: tuple[float, Any, Any] | None = None
@@ -94,7 +94,7 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
         base = load(place.base, base="none", double_quant=False, compute_dtype="bfloat16")
         if way != "16-bit base":
             round_base_to_4bit(base, base=kind, double_quant=True)
-        models[way] = merge(base, adapter).float()
+        models[way] = _lora(place).merge(base, adapter).float()
     forward = CausalForward(place.tokenizer.pad_id)
     found = {way: forward.validate(each, place.rows["validation"], 16) for way, each in models.items()}
     models[choose(found)].to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
@@ -108,17 +108,21 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     }
 
 
+def _lora(place: Place) -> Any:
+    from qft.training.lora import Lora
+
+    return Lora(r=16, alpha=32, seed=place.setting.seed)
+
+
 def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
     from qft.base_model import load
     from qft.training.causal import CausalForward
     from qft.training.loop import Schedule, fine_tuning, train
-    from qft.training.lora import attach
 
     setting = place.setting
-    model = attach(
-        load(place.base, base=kind, double_quant=True, compute_dtype="auto", longest=setting.length),
-        r=16, alpha=32, dropout=0.0, target_modules="all-linear", seed=setting.seed,
-    )  # fmt: skip
+    model = _lora(place).attach(
+        load(place.base, base=kind, double_quant=True, compute_dtype="auto", longest=setting.length)
+    )
     schedule = Schedule(
         epochs=setting.steps / len(place.rows["train"]), learning_rate=rate, warmup_ratio=0.05, batch_size=1,
         gradient_accumulation_steps=1, weight_decay=0.0, max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60,

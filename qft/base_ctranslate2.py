@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from qft.errors import InputError
-from qft.files import write_json, write_text
+from qft.files import folder_aside, write_json, write_text
 
 _FLOATS: dict[int, np.dtype] = {0: np.dtype("<f4"), 4: np.dtype("<f2")}
 _OTHERS: dict[int, np.dtype] = {1: np.dtype("i1"), 2: np.dtype("<i2"), 3: np.dtype("<i4")}
@@ -119,9 +119,9 @@ def _named(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def convert_whisper(source: Path, target: Path) -> None:
-    """Write config, weights (float32: what bfloat16 has room for is less than float16), tokenizer and feature settings.
+    """Write `target` whole: config, weights (float32: bfloat16 has less room than float16), tokenizer, settings of features.
 
-    target: an empty folder. Raises InputError if the source is not a Whisper with its tokenizer.json.
+    Raises InputError if the source is not a Whisper with its tokenizer.json.
     """
     variables = read_variables(source / "model.bin")
     try:
@@ -129,12 +129,13 @@ def convert_whisper(source: Path, target: Path) -> None:
         settings = json.loads((source / "config.json").read_text("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception on a missing or broken file
         raise InputError(f"{source} lacks tokenizer.json or config.json: {error}", where="model") from None
-    save_file(whisper_tensors(variables), target / "model.safetensors", {"format": "pt"})
     ends = _special_ids(tokenizer)
-    write_json(target / "config.json", _config(variables) | ends)
-    write_json(target / "generation_config.json", _generation(settings, tokenizer, variables) | ends)
-    write_json(target / "preprocessor_config.json", _features(variables["encoder/conv1/weight"].shape[1]))
-    _write_tokenizer(tokenizer, target)
+    with folder_aside(target) as aside:
+        save_file(whisper_tensors(variables), aside / "model.safetensors", {"format": "pt"})
+        write_json(aside / "config.json", _config(variables) | ends)
+        write_json(aside / "generation_config.json", _generation(settings, tokenizer, variables) | ends)
+        write_json(aside / "preprocessor_config.json", _features(variables["encoder/conv1/weight"].shape[1]))
+        _write_tokenizer(tokenizer, aside)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qft.base_ctranslate2 import convert_whisper, is_ctranslate2
+from qft.base_gguf import CONVERSION, convert_gguf
 from qft.errors import InputError
-from qft.files import exclusive, folder_aside, write_json
+from qft.files import exclusive
 from qft.libraries import quiet_transformers
 from qft.progress import OnProgress, Progress, silent
 from qft.sources import Source
@@ -31,6 +32,11 @@ class LabelHead:
     pad_id: int
 
 
+@dataclass(frozen=True)
+class PlaceHead:
+    """A head that scores every token as the first and as the last of an answer."""
+
+
 def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = silent) -> Path:
     """A folder with config.json, safetensors and tokenizer.json.
 
@@ -45,12 +51,11 @@ def local_checkpoint(source: Source, *, cache: Path, on_progress: OnProgress = s
         raise InputError(
             f"{source.path} is not a model", hint="a model is a folder with config.json, a .gguf file or a hub id"
         )
-    target = cache / "converted" / source.sha256[:16]
+    target = cache / "converted" / f"{source.sha256[:16]}-{CONVERSION}"
     with exclusive(target.with_suffix(".lock"), wait=True):
         if not (target / "config.json").exists():
             on_progress(Progress(f"convert {source.path.name}", 0, None))
-            with folder_aside(target) as folder:
-                (convert_whisper if foreign else _convert_gguf)(source.path, folder)
+            (convert_whisper if foreign else convert_gguf)(source.path, target)
     return _checked(target)
 
 
@@ -104,59 +109,13 @@ def check_transcribes(folder: Path) -> None:
         )
 
 
-def _convert_gguf(path: Path, folder: Path) -> None:
-    quiet_transformers()
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        fields = GGUFReader(path).fields
-    except (ValueError, IndexError, KeyError, OSError, EOFError) as error:
-        raise InputError(
-            f"{path} is not a whole .gguf file: {error}", hint="it may be cut short; fetch it again"
-        ) from None
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
-    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as error:
-        raise InputError(
-            f"transformers cannot read {path.name}: {error}", hint="give the model as a Hugging Face folder"
-        ) from None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # transformers copies the .gguf in as `tokenizer.model`, and takes the wrong token for the end of a turn.
-    (folder / "tokenizer.model").unlink(missing_ok=True)
-    if (end := fields.get("tokenizer.ggml.eos_token_id")) is not None:
-        _set_end(folder, int(end.contents()))
-
-
-def _set_end(folder: Path, eos_id: int) -> None:
-    for name in ("config.json", "generation_config.json"):
-        if (path := folder / name).exists():
-            write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token_id": eos_id, "pad_token_id": eos_id})
-    text = next(
-        (
-            t["content"]
-            for t in json.loads((folder / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-            if t["id"] == eos_id
-        ),
-        None,
-    )
-    path = folder / "tokenizer_config.json"
-    if text is not None:
-        write_json(path, json.loads(path.read_text("utf-8")) | {"eos_token": text, "pad_token": text})
-        (folder / "special_tokens_map.json").unlink(missing_ok=True)
-
-
 # Rows up to this length are faster with plain attention on a CPU: training SmolLM2 on rows of 60 tokens ran at 440 tokens/s
 # against 351 with torch's fused kernel, whose forward pass took a fifth of the step. Longer rows need its smaller memory.
 _PLAIN_ATTENTION_TOKENS = 512
 
 
-# Layers that stay float in a 4-bit classifier: new ones that learn whole, and the small ones before them.
-CLASSIFIER_PARTS = frozenset({"classifier", "score", "pre_classifier", "pooler"})
+# Layers that stay float in a 4-bit model with a head: new ones that learn whole, and the small ones before them.
+HEAD_PARTS = frozenset({"classifier", "score", "pre_classifier", "pooler", "qa_outputs"})
 
 
 def load(
@@ -167,10 +126,11 @@ def load(
     compute_dtype: str,
     longest: int | None = None,
     device: str = "cpu",
-    head: LabelHead | None = None,
+    head: LabelHead | PlaceHead | None = None,
     auto: str = "AutoModelForCausalLM",
 ) -> Any:
-    """A model for training or measuring: with a head of labels a classifier, otherwise what transformers' class `auto` opens.
+    """A model for training or measuring: one with a head over labels or over places in a text, or (no head) what transformers'
+    class `auto` opens.
 
     base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
     compute_dtype: a torch type's name, or auto (see `compute_type`).
@@ -189,12 +149,14 @@ def load(
             bnb_4bit_quant_type=base,
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=sorted(CLASSIFIER_PARTS) if head else None,
+            llm_int8_skip_modules=sorted(HEAD_PARTS) if head else None,
         )
     model: Any
     if head is None:
         model = getattr(transformers, auto).from_pretrained(folder, **options)
         _make_head_input_contiguous(model)
+    elif isinstance(head, PlaceHead):
+        model = _load_reader(folder, options)
     else:
         model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
@@ -228,8 +190,7 @@ def _load_classifier(folder: Path, head: LabelHead, options: dict[str, Any]) -> 
     same = [known.get(str(number)) for number in range(len(known))] == list(head.names)
     if about["missing_keys"] or about["mismatched_keys"] or not same:
         _start_at_shares(linear, head)
-    linear.float()  # what learns, learns in float32, whatever the layers before it compute in
-    linear.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
+    _compute_in_float32(linear)
     model.config.pad_token_id = head.pad_id
     return model
 
@@ -243,6 +204,32 @@ def shorten_encoder(model: Any, positions: int) -> None:
         table.weight = torch.nn.Parameter(table.weight[:positions].clone(), requires_grad=False)
         table.num_embeddings = model.config.max_source_positions = positions
         model.get_encoder().max_source_positions = positions
+
+
+def _load_reader(folder: Path, options: dict[str, Any]) -> Any:
+    """With the checkpoint's own head over places if it has one, else with one of zeros, to which all places are alike."""
+    import torch
+    from transformers import AutoModelForQuestionAnswering
+
+    try:
+        model, about = AutoModelForQuestionAnswering.from_pretrained(folder, output_loading_info=True, **options)
+    except ValueError as error:
+        raise InputError(
+            f"transformers has no model for question answering for {folder.name}: {str(error).splitlines()[0][:200]}",
+            where="model",
+            hint="an encoder such as BERT, with a …ForQuestionAnswering class, is needed",
+        ) from None
+    if any(name.startswith("qa_outputs") for name in about["missing_keys"]):
+        torch.nn.init.zeros_(model.qa_outputs.weight)
+        torch.nn.init.zeros_(model.qa_outputs.bias)
+    _compute_in_float32(model.qa_outputs)
+    return model
+
+
+def _compute_in_float32(linear: Any) -> None:
+    """What learns, learns in float32, whatever the layers before it compute in."""
+    linear.float()
+    linear.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
 
 
 def label_layer(model: Any, labels: int) -> Any:

@@ -207,3 +207,24 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def print_line(text: str) -> None:
     """One line on stdout."""
     out.print(text, markup=False, soft_wrap=True)
+
+
+def print_piece(text: str) -> None:
+    """Part of a line on stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def typed_lines(mark: str) -> Iterator[str]:
+    """Lines as they are typed after a mark, or those of a file on stdin, without empty ones. Ctrl-C and Ctrl-D end them."""
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        return
+    while True:
+        try:
+            line = input(mark)
+        except (EOFError, KeyboardInterrupt):
+            print_line("")
+            return
+        if line.strip():
+            yield line

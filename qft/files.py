@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, indented JSON that ends in a newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def join_files(pieces: Iterable[Path], target: Path) -> None:
+    """Write the pieces of a split file in order, so that a reader sees the whole file or none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as out:
+            for piece in pieces:
+                with piece.open("rb") as stream:
+                    shutil.copyfileobj(stream, out, _CHUNK_BYTES)
+            out.flush()
+            os.fsync(out.fileno())
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager

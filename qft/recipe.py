@@ -19,21 +19,45 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class AugmentKeys(_Section):
+    """Changed copies of the training rows (EDA, arXiv 1901.11196)."""
+
+    copies: Annotated[int, Field(ge=0)] = Field(0, description="changed copies of each training row; 0: none")
+    word_dropout: Share = Field(0.1, description="chance of a word to be left out of a copy")
+    word_swap: Share = Field(0.1, description="chance of a word to change places with the next one")
+    synonyms: str | None = Field(
+        None,
+        description="file of your own: a line is a group of words, with commas between, that may replace each other",
+    )
+    synonym: Share = Field(0.3, description="chance of a word on that list to be replaced")
+
+
 class DataKeys(_Section):
     """Rows: where they lie, how they become examples, which are held out."""
 
-    train: str | list[str] = Field(description="file, folder, hub id or pypi:… source of rows; a list is read in order")
+    train: str | list[str] | dict[str, str] = Field(
+        description="file, folder, hub id or pypi:… source of rows; a list is read in order; {label: source, …} if all rows of a "
+        "source have one label"
+    )
     eval: Fraction | Count | str = Field(
         0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source"
     )
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "speech"] = Field(
-        "auto", description="how a row becomes an example; auto looks at the columns"
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals", "qa", "speech"] = (
+        Field(
+            "auto",
+            description="how a row becomes an example; auto looks at the columns; evals: messages in `input`, the answer in `ideal`",
+        )
     )
     columns: list[str] | None = Field(
         None, description="names of the columns of a delimited file without a header line"
+    )
+    text_separator: str = Field(
+        "\n",
+        description="what stands between the texts of a .txt file: a line break, an empty line ('\\n\\n'), or '' if the "
+        "whole file is one text",
     )
     text_column: str = Field("text", description="column that holds the text (formats text, labels and speech)")
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
@@ -60,7 +84,8 @@ class DataKeys(_Section):
         None, description="system message put before every example; none: what the chat template does"
     )
     max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
-    seed: int = Field(0, description="seed of the split and of the order of rows")
+    augment: AugmentKeys = Field(AugmentKeys(), description="changed copies of training rows")  # type: ignore[call-arg]
+    seed: int = Field(0, description="seed of the split, of the order of rows and of changed copies")
 
 
 class QuantizationKeys(_Section):
@@ -79,8 +104,18 @@ class QuantizationKeys(_Section):
     )
 
 
+class TuningKeys(_Section):
+    """What of the model learns."""
+
+    method: Literal["lora", "full", "head"] = Field(
+        "lora",
+        description="lora: an adapter beside the frozen base; full: every weight (needs quantization.base none); head: "
+        "the head over labels or places alone, fitted on what the frozen model says, then trained",
+    )
+
+
 class LoraKeys(_Section):
-    """The adapter (arXiv 2106.09685), trained and saved by PEFT."""
+    """The adapter (arXiv 2106.09685), trained and saved by PEFT; used if tuning.method is lora."""
 
     r: Count = Field(16, description="rank of the adapter")
     alpha: Positive = Field(32, description="scale of the adapter is alpha / r")
@@ -88,6 +123,17 @@ class LoraKeys(_Section):
         0.0, description="dropout on the adapter's input while training"
     )
     target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, or all-linear")
+    modules_to_save: list[str] | None = Field(
+        None, description="layers that learn whole beside the adapter, as [embed_tokens]"
+    )
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r): for high ranks (arXiv 2312.03732)")
+    use_dora: bool = Field(
+        False, description="size and direction of a weight learn apart: slower, better at low ranks (arXiv 2402.09353)"
+    )
+    init_lora_weights: Literal["default", "pissa"] = Field(
+        "default",
+        description="pissa: the base's largest singular directions learn (arXiv 2404.02948; needs quantization.base none)",
+    )
 
 
 class TrainingKeys(_Section):
@@ -98,14 +144,25 @@ class TrainingKeys(_Section):
     warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")
     batch_size: Count = Field(16, description="rows of one forward pass")
     gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
-    max_length: Count = Field(512, description="tokens; longer rows are cut, and counted")
+    max_length: Count = Field(
+        512, description="tokens; longer rows are cut, and counted; plain texts are cut into pieces"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    label_smoothing: Share = Field(
+        0.0, description="share of a target's probability spread over all choices in the loss (arXiv 1512.00567)"
+    )
+    neftune_noise_alpha: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="noise on the embeddings while training, 5 to 15 for instructions (NEFTune, arXiv 2310.05914)"
+    )
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations: less memory, about a third more time"
     )
     evaluations: Annotated[int, Field(ge=0)] = Field(
         4, description="how often in a run the validation rows are measured"
+    )
+    patience: Count | None = Field(
+        None, description="stop after so many measurements without a better validation loss; none: train to the end"
     )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
@@ -122,6 +179,14 @@ class FoldKeys(_Section):
     )
     learning_rate: Positive = Field(1.5e-4, description="peak of the cosine schedule, of a scale's own size")
     r: Count = Field(16, description="rank of the adapter inside the rounding")
+
+
+class TextGenerationKeys(_Section):
+    """What task text-generation learns of a conversation."""
+
+    loss_on: Literal["every-answer", "last-answer"] = Field(
+        "every-answer", description="which of the assistant's turns are in the loss"
+    )
 
 
 class ClassificationKeys(_Section):
@@ -147,13 +212,27 @@ class SpeechKeys(_Section):
     )
 
 
+class QuestionAnsweringKeys(_Section):
+    """What task question-answering makes of contexts and answers."""
+
+    stride: Count = Field(
+        128, description="tokens that neighbouring windows share, where a context is longer than training.max_length"
+    )
+    longest_answer: Count = Field(30, description="tokens of the longest answer that is considered")
+    no_answer_margin: float = Field(
+        0.0,
+        description="nats that 'no answer' must score above the best answer to be given; it is not considered where every "
+        "training row has an answer",
+    )
+
+
 class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "wer", "cer"] = Field(
+    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "wer", "cer"] = Field(
         "auto",
-        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, wer where "
-        "they are speech, otherwise perplexity",
+        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
+        "found in a context, wer of speech, otherwise perplexity",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -212,14 +291,17 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of the run folder; by default the recipe's file name"
     )
-    model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION/path/inside")
+    model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION[/path/inside]")
     task: str = Field("text-generation", description="transformers' task name")
     data: DataKeys = Field(description="rows and how they become examples")
     quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]
+    tuning: TuningKeys = Field(TuningKeys(), description="what of the model learns")  # type: ignore[call-arg]
     lora: LoraKeys = Field(LoraKeys(), description="the adapter")  # type: ignore[call-arg]
     training: TrainingKeys = Field(TrainingKeys(), description="the training loop")  # type: ignore[call-arg]
     fold: FoldKeys = Field(FoldKeys(), description="onto the grid that ships")  # type: ignore[call-arg]
+    text_generation: TextGenerationKeys = Field(TextGenerationKeys(), description="conversations")  # type: ignore[call-arg]
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
+    question_answering: QuestionAnsweringKeys = Field(QuestionAnsweringKeys(), description="answers out of a context")  # type: ignore[call-arg]
     speech: SpeechKeys = Field(SpeechKeys(), description="speech")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]

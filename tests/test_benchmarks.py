@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+
+import pytest
 
 from benchmarks.cells import fold_words
 from benchmarks.quantization import QUICK, gap
+from benchmarks.tasks import gain
 
 
 def test_a_folded_cell_is_found_again_in_the_cache() -> None:
@@ -18,3 +22,13 @@ def test_a_gap_is_of_perplexity_and_its_interval_is_paired() -> None:
     found = gap(nats, [n + 2.0 for n in nats], tokens)  # two hundredths of a nat a token, on every row alike
     assert abs(found.percent - 2.02) < 0.01
     assert abs(found.high - found.low) < 1e-6
+
+
+def test_a_gain_is_in_the_metrics_good_direction() -> None:
+    right = [{"right": n % 4 == 0, "loss": 2.0, "targets": 3} for n in range(200)]
+    more = [{"right": n % 2 == 0, "loss": 2.0 + math.log(0.8), "targets": 3} for n in range(200)]
+    points, percent = gain("accuracy", right, more), gain("perplexity", right, more)
+    assert points["value"] == 25
+    assert points["low"] < 25 < points["high"]
+    assert percent["value"] == pytest.approx(20)  # perplexity falls to four fifths, on every row alike
+    assert percent["high"] - percent["low"] < 1e-6

@@ -19,7 +19,7 @@ from qft.measure.classification import best_temperature, calibration_error, meas
 from qft.measure.quality import Measuring, RowAnswer
 from qft.training.classify import ClassifierForward, TorchClassifier, label_nats, wanted_labels
 from qft.training.head import Seen, fit_linear
-from qft.training.lora import attach, merge, round_base_to_4bit, trainable
+from qft.training.lora import Lora, round_base_to_4bit, trainable
 
 NAMES = ("complaint", "praise", "question")
 PAD = 0
@@ -59,9 +59,8 @@ def test_the_head_that_learnt_is_saved_and_merged(
 ) -> None:
     """peft#876: a new head that is not saved with the adapter comes back random."""
     folder = tiny_encoder if family == "encoder" else tiny_model
-    model = attach(
-        loaded(folder, base=base), r=4, alpha=8, dropout=0.0, target_modules="all-linear", seed=0, task_type="SEQ_CLS"
-    ).eval()
+    lora = Lora(4, 8, 0, task_type="SEQ_CLS")
+    model = lora.attach(loaded(folder, base=base)).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainable(model).items():
         if "lora_A" not in name:
@@ -70,7 +69,7 @@ def test_the_head_that_learnt_is_saved_and_merged(
     plain = loaded(folder)
     if base == "nf4":
         round_base_to_4bit(plain, base="nf4", double_quant=True)
-    merged = merge(plain, tmp_path)
+    merged = lora.merge(plain, tmp_path)
     texts = [[2, 40, 41, 3], [2, 50, 3]]
     expected = TorchClassifier(model, PAD).logits(texts, 1)
     np.testing.assert_allclose(TorchClassifier(merged, PAD).logits(texts, 1), expected, rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 
 from qft.data.encode import encode, encode_all
 from qft.data.examples import Example, Shape, to_examples
-from qft.data.rows import Row, read_rows
-from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
+from qft.data.rows import Row, read_labelled_rows, read_rows
+from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError
+from tests.conftest import SHARED_DATA
 
 ROWS = [{"text": "a fine film", "label": "yes"}, {"text": "dull, “slow”", "label": "no"}]
 
@@ -73,6 +75,29 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
     assert found == ROWS
 
 
+def test_a_source_may_hold_the_rows_of_one_label(tmp_path: Path) -> None:
+    (tmp_path / "neg.txt").write_text("很差\n\nno, never\n", "utf-8")
+    found = read_labelled_rows(tmp_path / "neg.txt", columns=None, column="label", label="负面")
+    assert [row.values for row in found] == [{"text": "很差", "label": "负面"}, {"text": "no, never", "label": "负面"}]
+    as_jsonl(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match="a column 'label' of their own"):
+        read_labelled_rows(tmp_path / "rows.jsonl", columns=None, column="label", label="yes")
+
+
+@pytest.mark.parametrize(
+    ("separator", "expected"),
+    [
+        ("\n", {"a.txt:2": "one", "a.txt:3": "two", "a.txt:6": "three"}),
+        ("\n\n", {"a.txt:2": "one\ntwo", "a.txt:6": "three"}),
+        ("", {"a.txt:2": "one\ntwo\n\n\nthree"}),
+    ],
+)
+def test_texts_of_a_file_stand_between_separators(tmp_path: Path, separator: str, expected: dict[str, str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\none\r\ntwo\r\n\r\n\r\nthree\r\n")
+    rows = read_rows(tmp_path / "a.txt", columns=None, text_separator=separator)
+    assert {row.where: row.values["text"] for row in rows} == expected
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -102,10 +127,12 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
         {"prompt": "q", "completion": "a"},
         {"instruction": "q", "output": "a"},
         {"text": "q", "label": "a"},
+        {"input": [{"role": "user", "content": "q"}], "ideal": "a"},
+        {"input": [{"role": "user", "content": "q"}], "ideal": ["a", "A"]},
     ],
 )
 def test_every_format_becomes_a_question_and_an_answer(values: dict[str, Any]) -> None:
-    other = {**values, **({"label": "b"} if "label" in values else {})}
+    other = {**values, **{name: "b" for name in ("label", "ideal") if name in values}}
     examples, _ = to_examples([Row(values, "r:1"), Row(other, "r:2")], shape())
     assert [(m.role, m.content) for m in examples[0].messages] == [("user", "q"), ("assistant", "a")]
 
@@ -161,7 +188,20 @@ def test_equal_texts_are_never_on_both_sides() -> None:
 def test_case_and_spaces_do_not_make_texts_different() -> None:
     kept, duplicates, conflicts = drop_duplicates([example("A  b"), example("a b"), example("a b", "y")])
     assert (len(kept), duplicates, conflicts) == (2, 1, 1)
-    assert without_leaks([example("A B"), example("c")], [example("a b")])[1] == 1
+    kept, leaks = without_leaks([example("A B"), example("c")], [example("a b"), example("a  b"), example("d")])
+    assert ([e.key() for e in kept], leaks) == (["c"], Leaks(train=1, held_out=2))
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs the data sets beside a developer's checkout")
+@pytest.mark.parametrize(("part", "also_in_train"), [("test", 331), ("dev", 338)])
+def test_the_known_leaks_of_chnsenticorp_are_found(part: str, also_in_train: int) -> None:
+    train, held_out = (
+        to_examples(read_rows(SHARED_DATA / f"chnsenticorp/{name}.jsonl.gz", columns=None), shape())[0]
+        for name in ("train", part)
+    )
+    kept, leaks = without_leaks(drop_duplicates(train)[0], held_out)
+    assert leaks.held_out == also_in_train
+    assert not {e.key() for e in kept} & {e.key() for e in held_out}
 
 
 @pytest.mark.parametrize("parts", [{"eval": 0.99, "validation": 5}, {"eval": 400}])
@@ -176,8 +216,8 @@ def test_rows_of_one_group_lie_on_one_side() -> None:
     groups = {part: {e.group for e in rows} for part, rows in parts.items()}
     assert {part: len(rows) for part, rows in parts.items()} == {"eval": 20, "validation": 10, "train": 40}
     assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == 7
-    kept, dropped = without_leaks(examples, parts["eval"][:1])
-    assert (len(kept), dropped) == (60, 10)
+    kept, leaks = without_leaks(examples, parts["eval"][:1])
+    assert (len(kept), leaks) == (60, Leaks(train=10, held_out=1))
 
 
 def test_rows_taken_by_hash_stay_when_more_are_added() -> None:
@@ -206,6 +246,9 @@ def test_every_answer_of_a_conversation_is_in_the_loss(tiny_model: Path) -> None
     targets = [token for token, flag in zip(encoded.input_ids, encoded.in_loss, strict=True) if flag]
     assert tokenizer.decode(targets, skip_special_tokens=False) == "fine<|im_end|>dull<|im_end|>"
     assert tokenizer.decode(encoded.answer, skip_special_tokens=False) == "dull<|im_end|>"
+    last = encode(Example(tuple(turns), None, None, "r"), tokenizer, last_only=True)
+    assert last.input_ids == encoded.input_ids
+    assert [t for t, flag in zip(last.input_ids, last.in_loss, strict=True) if flag] == list(encoded.answer)
 
 
 def test_our_ids_are_those_of_transformers(tiny_model: Path) -> None:
@@ -215,6 +258,19 @@ def test_our_ids_are_those_of_transformers(tiny_model: Path) -> None:
     messages = [{"role": "user", "content": "a fine film — 好"}, {"role": "assistant", "content": "positive"}]
     rendered = ours.render([Message(**m) for m in messages], add_generation_prompt=False)
     assert ours.encode(rendered) == theirs.apply_chat_template(messages, tokenize=True)
+
+
+def test_a_long_text_is_cut_into_pieces_and_every_token_is_a_target_once(tiny_model: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    text = Example((), "a fine film, well made and warm; " * 9, None, "r")
+    whole = encode(text, tokenizer)
+    for length in (7, len(whole.input_ids) - 1, len(whole.input_ids)):
+        pieces, counts = encode_all([text], tokenizer, max_length=length)
+        targets = [t for p in pieces for t, flag in zip(p.input_ids, p.in_loss, strict=True) if flag]
+        assert targets == list(whole.input_ids[1:])
+        assert max(len(p.input_ids) for p in pieces) == length
+        assert all(a.input_ids[-1] == b.input_ids[0] for a, b in itertools.pairwise(pieces))
+        assert (counts.cut, counts.nothing_in_loss) == (0, 0)
 
 
 def test_rows_cut_before_their_answer_are_dropped_and_counted(tiny_model: Path) -> None:

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "qft"
 
 # A module may import from its own level and those below. Levels as in DESIGN, lowest first.
 LEVELS = [
-    ["errors", "progress", "files", "libraries", "paths"],
+    ["errors", "progress", "files", "libraries", "paths", "archives"],
     [
         "recipe_yaml",
         "recipe",
@@ -35,6 +35,7 @@ LEVELS = [
         "sources",
         "sources_pypi",
         "base_ctranslate2",
+        "base_gguf",
         "base_model",
         "targets",
     ],
@@ -159,10 +160,13 @@ def test_stages_stand_on_stages_before_them() -> None:
 
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
-    "data.columns": ["a"], "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
+    "data.columns": ["a"],
+    "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
+    "data.augment.synonyms": "words.txt",
     "data.system": "a", "data.label_separator": ";", "data.group_column": "a",
     "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3,
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
+    "lora.modules_to_save": ["embed_tokens"],
 }  # fmt: skip
 
 

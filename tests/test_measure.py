@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,13 @@ from qft.graph.export_optimum import export_float
 from qft.measure.agreement import Comparison, Record
 from qft.measure.machine import memory_bandwidth, peak_memory
 from qft.measure.parity import compare
-from qft.measure.quality import Measuring, measure
+from qft.measure.quality import Measuring, batches, measure
 from qft.training.runner import TorchRunner
+
+
+def test_a_large_vocabulary_makes_small_batches_and_a_long_row_goes_alone() -> None:
+    assert list(batches([3, 9, 4, 2, 4], 64, most_tokens=8)) == [[3, 0], [2, 4], [1]]
+    assert list(batches([3, 9, 4], 2)) == [[0, 2], [1]]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +102,19 @@ def test_agreement_is_the_divergence_from_the_recorded_model(
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
     assert 0.95 * nats / targets < other.agreement().kl <= nats / targets  # all but 64 tokens are one class
     assert other.agreement().top1_percent == pytest.approx(100 * same / targets)
+
+
+def test_rows_without_labels_keep_their_losses(
+    torch_runner: TorchRunner, tokenizer: TextTokenizer, held_out: list[Encoded]
+) -> None:
+    how = Measuring("auto", 7, 3)
+    with_labels, answers = measure(torch_runner, held_out, tokenizer, how)
+    plain, losses = measure(torch_runner, [replace(row, label=None) for row in held_out], tokenizer, how)
+    assert plain.metric == "perplexity"
+    assert plain.loss == pytest.approx(with_labels.loss)
+    assert [(a.loss, a.targets) for a in losses] == [(a.loss, a.targets) for a in answers]
+    assert [a.expected for a in losses] == [a.expected for a in answers]
+    assert not any(a.asked for a in losses)
 
 
 def test_float_onnx_computes_what_torch_computes(

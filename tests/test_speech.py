@@ -256,7 +256,7 @@ def test_the_package_transcribes_a_sentence() -> None:
     assert len(read_variables(source.path / "model.bin")) == 148
     folder = local_checkpoint(source, cache=cache_folder())
     tokenizer = TextTokenizer.load(folder)
-    task = SpeechRecognition(None, class_weights="none", window_seconds=30)  # type: ignore[arg-type]
+    task = SpeechRecognition(None, window_seconds=30)  # type: ignore[arg-type]
     model = task.load(folder, tokenizer, base="none", double_quant=True, compute_dtype="float32").eval()
     prompt = Given(Clip(str(tar), "LJ001-0004.flac"), speech_prompt(tokenizer))
     (ids,) = task.torch_runner(model, tokenizer).generate([prompt], max_new_tokens=64, stop_ids=tokenizer.stop_ids)

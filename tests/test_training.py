@@ -21,7 +21,7 @@ from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
 from qft.training.causal import CausalForward
 from qft.training.loop import Schedule, fine_tuning, learning_rate_at, plan_batches, train
-from qft.training.lora import attach, merge, round_base_to_4bit, trainable
+from qft.training.lora import Lora, trainable
 
 PAD = 2
 FORWARD = CausalForward(PAD)
@@ -30,6 +30,7 @@ SCHEDULE = Schedule(
     epochs=1, learning_rate=1e-3, warmup_ratio=0.1, batch_size=4, gradient_accumulation_steps=1, weight_decay=0.0,
     max_grad_norm=1.0, evaluations=2, checkpoint_minutes=60, seed=0,
 )  # fmt: skip
+LORA = Lora(r=4, alpha=8, seed=0)
 
 
 def rows(count: int, seed: int = 0) -> list[Encoded]:
@@ -46,10 +47,7 @@ def rows(count: int, seed: int = 0) -> list[Encoded]:
 
 
 def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32") -> Any:
-    model = attach(
-        load(folder, base=base, double_quant=True, compute_dtype=dtype), r=4, alpha=8, dropout=0.0,
-        target_modules="all-linear", seed=0,
-    )  # fmt: skip
+    model = LORA.attach(load(folder, base=base, double_quant=True, compute_dtype=dtype))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -235,38 +233,3 @@ def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_p
     time.sleep(0.1)
     assert threading.active_count() <= before + 1
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-def float_base(folder: Path, *, rounded: bool = False) -> Any:
-    """What an adapter is merged into, as the stage makes it."""
-    model = load(folder, base="none", double_quant=False, compute_dtype="bfloat16")
-    if rounded:
-        round_base_to_4bit(model, base="nf4", double_quant=True)
-    return model
-
-
-@pytest.mark.parametrize("onto_rounded", [False, True])
-def test_a_merged_model_computes_what_the_tuned_one_did(tiny_model: Path, tmp_path: Path, onto_rounded: bool) -> None:
-    base = "nf4" if onto_rounded else "none"
-    model = tuned(tiny_model, base=base).eval()
-    model.save_pretrained(tmp_path)
-    merged = merge(float_base(tiny_model, rounded=onto_rounded), tmp_path)
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    ids = torch.arange(3, 33)[None]
-    with torch.no_grad():
-        # Weights are rounded to bfloat16 once more: 2^-9 of each.
-        torch.testing.assert_close(merged.float()(ids).logits, model(ids).logits, rtol=0.03, atol=0.06)
-
-
-def test_a_checkpoint_that_is_4_bit_already_is_tuned_and_merged(tiny_model: Path, tmp_path: Path) -> None:
-    held = tmp_path / "tiny-bnb-4bit"
-    load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32").save_pretrained(held)
-    model = tuned(held)
-    assert gradients(model, rows(4)).keys() == trainable(model).keys()
-    model.eval().save_pretrained(tmp_path / "adapter")
-    merged = merge(float_base(held), tmp_path / "adapter")
-    merged.save_pretrained(tmp_path / "merged")
-    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
-    ids = torch.arange(3, 33)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(merged.float()(ids).logits, model(ids).logits, rtol=0.03, atol=0.06)

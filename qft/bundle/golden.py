@@ -69,11 +69,11 @@ class Agreement:
 def make_cases(
     runner: Runner, prompts: Sequence[Any], decode: Any, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[GoldenCase]:
-    """Run each prompt alone, as an app would."""
+    """Run each prompt alone, as an app would. stop_ids: what ends a written answer; none: nothing is written (see below)."""
     cases = []
     for prompt in prompts:
         answer = runner.generate([prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids)[0]
-        logits = _answer_logits(runner, prompt, answer)
+        logits = _answer_logits(runner, prompt, answer, written=bool(stop_ids))
         order = np.argsort(-logits, axis=-1)[:, :TOP]
         best = np.take_along_axis(logits, order, -1)
         margin = float((best[:, 0] - best[:, 1]).min())
@@ -91,10 +91,10 @@ def make_cases(
 
 
 def check_cases(runner: Runner, cases: Sequence[GoldenCase], *, folder: Path, stop_ids: Sequence[int]) -> Agreement:
-    """Hold a runtime against the cases of the bundle in `folder`."""
+    """Hold a runtime against the cases of the bundle in `folder`. stop_ids: as in `make_cases`."""
     same = clear = positions = free = wrong = 0
     for case in cases:
-        chosen = _answer_logits(runner, case.fed(folder), case.answer).argmax(-1)
+        chosen = _answer_logits(runner, case.fed(folder), case.answer, written=bool(stop_ids)).argmax(-1)
         for token, ids, logits in zip(chosen, case.top_ids, case.top_logits, strict=True):
             positions += 1
             same += int(token == ids[0])
@@ -116,6 +116,9 @@ def as_json(cases: Sequence[GoldenCase]) -> list[dict[str, Any]]:
     return [{name: value for name, value in asdict(case).items() if value is not None} for case in cases]
 
 
-def _answer_logits(runner: Runner, prompt: Any, answer: Sequence[int]) -> np.ndarray:
-    """float32 (answer positions, vocabulary): the logits that choose each answer token, the earlier ones given."""
-    return runner.logits([prompt + tuple(answer[:-1])], len(answer))[0]
+def _answer_logits(runner: Runner, prompt: Any, answer: Sequence[int], *, written: bool) -> np.ndarray:
+    """float32 (answer positions, vocabulary): the logits that choose each part of the answer.
+
+    written: a token, the earlier ones given; otherwise a label or a place, read off the prompt alone.
+    """
+    return runner.logits([prompt + tuple(answer[:-1] if written else ())], len(answer))[0]

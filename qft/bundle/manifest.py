@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,16 +11,23 @@ from typing import Any
 
 from qft.bundle.assets import read_generation
 from qft.bundle.classifier import Labels, OnnxClassifier
+from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, speech_prompt
 from qft.bundle.session import OnnxRunner
 from qft.data.audio import Clip, cut
 from qft.data.labelled import shortened
+from qft.data.passages import NO_ANSWER, Passage
 from qft.data.sequences import MOST_TOKENS, Given
 from qft.data.tokenizer import Message, TextTokenizer
+from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
 from qft.files import inside, sha256_file, write_json
 
 NAME = "qft.json"
+_RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
+    "text-classification": OnnxClassifier,
+    "question-answering": OnnxReader,
+}
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -103,13 +111,17 @@ class Bundle:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """What ends an answer that is written; a label needs no end."""
-        return () if self.classifies else self.tokenizer.stop_ids
+        """What ends an answer that is written; a label or a place needs no end."""
+        return self.tokenizer.stop_ids if self._kind is OnnxRunner else ()
 
     @property
     def classifies(self) -> bool:
         """Whether it chooses among labels instead of writing."""
-        return self.manifest["task"] == "text-classification"
+        return self._kind is OnnxClassifier
+
+    @property
+    def _kind(self) -> type[Any]:
+        return _RUNNERS.get(self.manifest["task"], OnnxRunner)
 
     @property
     def labels(self) -> Labels:
@@ -122,13 +134,28 @@ class Bundle:
         return self.manifest["task"] == "automatic-speech-recognition"
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
-        """A session on the model: an OnnxClassifier, an OnnxRunner, or a Seq2SeqRunner."""
+        """A session on the model: an OnnxClassifier, an OnnxReader, a Seq2SeqRunner, or an OnnxRunner that writes."""
         if self.transcribes:
             encoder, decoder = self.models.values()
             network = OnnxNetwork(encoder, decoder, reader=self.reader, threads=threads, provider=provider)
             return Seq2SeqRunner(network, Rules.of(read_generation(self.folder)))
-        kind = OnnxClassifier if self.classifies else OnnxRunner
-        return kind(self.models["model"], pad_id=self.tokenizer.pad_id, threads=threads, provider=provider)
+        options = {"pad_id": self.tokenizer.pad_id, "threads": threads, "provider": provider}
+        if self._kind is OnnxReader:
+            options["pair_mark"] = self.tokenizer.pair_mark
+        return self._kind(self.models["model"], **options)
+
+    def predict(self, lines: list[str], runner: Any, *, max_new_tokens: int) -> Sequence[Answer | Decision | Found]:
+        """What the model makes of each line: a label, an answer found in a context, or one of at most max_new_tokens.
+
+        Raises InputError for a line that is not of the form that the task asks for.
+        """
+        if self._kind is OnnxReader:
+            return [self.find(*question_of(line), runner) for line in lines]
+        if self.transcribes:
+            return self.transcribe(lines, runner)
+        if self.classifies:
+            return self.classify(lines, runner)
+        return self.answer(lines, runner, max_new_tokens=max_new_tokens)
 
     @property
     def reader(self) -> SpeechReader:
@@ -152,19 +179,28 @@ class Bundle:
         calibration = self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
         decisions = []
         for text in texts:
-            ids = self.tokenizer.encode(self._content(text), add_special_tokens=True)
+            ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
             logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]
             label, probability = self.labels.decide(logits, calibration["temperature"])
             decisions.append(Decision(label, probability, probability >= calibration["threshold"]))
         return decisions
 
-    def _content(self, text: str) -> str:
+    def find(self, question: str, context: str, runner: OnnxReader) -> Found:
+        """The answer to a question in a context of any length."""
+        keys = self.manifest["keys"]
+        reading = Reading(keys["longest_answer"], keys["no_answer_margin"], NO_ANSWER in self.manifest["labels"])
+        passage, length = Passage(question, context, (), ()), self.manifest["max_length"]
+        windows, _ = cut_windows(passage, "", self.tokenizer, max_length=length, stride=keys["stride"])
+        return find(windows, [runner.logits([window.input_ids], 2)[0] for window in windows], reading)
+
+    def content(self, text: str) -> str:
+        """A user's text with the recipe's prompt around it."""
         recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
         return recipe_prompt.replace("{" + column + "}", text) if recipe_prompt and column else text
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model is fed for a user's text: the recipe's prompt and the chat template around it."""
-        content = self._content(text)
+        content = self.content(text)
         if not self.tokenizer.has_chat_template:
             return self.tokenizer.encode(content, add_special_tokens=True)
         system = self.manifest.get("system")
@@ -190,3 +226,18 @@ class Bundle:
             if name in there and there[name] != expected[name]
         ]
         return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]
+
+
+def question_of(line: str) -> tuple[str, str]:
+    """Question and context of a JSON line. Raises InputError if it holds something else."""
+    try:
+        asked = json.loads(line)
+        question, context = asked["question"], asked["context"]
+    except (ValueError, TypeError, KeyError):
+        question = context = None
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise InputError(
+            f"not a question with its context: {line[:60]}",
+            hint='a line is {"question": "…", "context": "…"}, as JSON',
+        )
+    return question, context

@@ -114,9 +114,13 @@ class OnnxRunner:
 
     def step(self, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, Cache]:
         """Feed one token a row; float32 logits (rows, 1, vocabulary) and the grown cache."""
-        ids = np.array(tokens, dtype=np.int64)[:, None]
-        mask = np.concatenate([cache.mask, np.ones((len(tokens), 1), np.int64)], axis=1)
-        return self._run(ids, mask, cache.positions[:, None], cache.values)
+        return self.extend([[token] for token in tokens], cache)
+
+    def extend(self, rows: Sequence[Sequence[int]], cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Feed equally many more tokens a row; float32 logits (rows, at least the last one, vocabulary) and the grown cache."""
+        ids = np.array(rows, dtype=np.int64)
+        mask = np.concatenate([cache.mask, np.ones_like(ids)], axis=1)
+        return self._run(ids, mask, cache.positions[:, None] + np.arange(ids.shape[1]), cache.values)
 
     def _run(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict[str, Any]

@@ -19,7 +19,7 @@ _SHOWN_LABELS = 12
 @click.command("plan")
 @on_job(required=False)
 def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
-    """Prepare the rows and show three of them with the tokens that are in the loss, and the stages a run would do.
+    """Prepare the rows and show three of them with what is in the loss, and the stages a run would do.
 
     Stops if no token is in the loss, or all of them are.
     """
@@ -39,6 +39,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         print_json(
             {
                 "data": asdict(facts.report),
+                "warnings": facts.report.warnings(),
                 "sources": [asdict(s) for s in [facts.model, *facts.data]],
                 "stages": todo,
                 "rows": [
@@ -55,12 +56,17 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             (
                 "read",
                 f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
-                f"duplicates, {report.conflicts:,} with an answer that contradicts another row, {report.leaked:,} that are held out",
+                f"duplicates, {report.conflicts:,} with an answer that contradicts another row",
+            ),
+            (
+                "on both sides",
+                f"{report.also_in_train:,} test rows are also among the rows to learn, where {report.leaked:,} were left out",
             ),
             ("labels", _labels_text(report.labels)),
             (
                 "used",
-                f"{report.train_rows:,} to learn, {report.validation_rows:,} to choose, {report.eval_rows:,} to test",
+                f"{report.train_rows:,} to learn{_copies_text(report.changed_copies)}, {report.validation_rows:,} to choose, "
+                f"{report.eval_rows:,} to test",
             ),
             (
                 "tokens",
@@ -74,9 +80,15 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ),
         ],
     )
+    for warning in facts.report.warnings():
+        print_line(f"\nwarning: {warning}")
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _copies_text(copies: int) -> str:
+    return f" ({copies:,} of them changed copies)" if copies else ""
 
 
 def _labels_text(labels: dict[str, int]) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qft.bundle.chat import Conversation
 from qft.bundle.golden import check_cases, from_manifest
-from qft.bundle.manifest import Answer, Bundle, Decision, size_bytes
+from qft.bundle.manifest import Bundle, size_bytes
 from qft.cli.options import find_run, on_runs, shared
-from qft.console import Screen, print_json, print_line, print_table, value_text
+from qft.console import Screen, print_json, print_line, print_piece, print_table, typed_lines, value_text
 from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
@@ -26,7 +26,7 @@ from qft.recipe import Recipe
 from qft.recipe_loader import load_recipe
 from qft.report.summary import WaterfallStep
 from qft.stages.job import make_task
-from qft.stages.prepare import shape_of
+from qft.stages.prepare import layout_of, shape_of
 from qft.tasks.registry import Task
 
 
@@ -58,24 +58,43 @@ def _open(name: str | None, runs: Path) -> Bundle:
 def predict_command(
     texts: tuple[str, ...], max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool
 ) -> None:
-    """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each. Of speech: sound files."""
+    """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each.
+
+    A bundle that finds answers in a context is asked with JSON lines: {"question": "…", "context": "…"}; one that writes down
+    speech with the names of sound files.
+    """
     bundle = _open(bundle_name, runs)
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise InputError("nothing to answer", hint='as in `qft predict "A waste of two hours."`')
-    answers: Sequence[Decision | Answer]
-    if bundle.transcribes:
-        answers = bundle.transcribe(lines, bundle.runner())
-    elif bundle.classifies:
-        answers = bundle.classify(lines, bundle.runner())
-    else:
-        answers = bundle.answer(lines, bundle.runner(), max_new_tokens=max_new_tokens)
+    answers = bundle.predict(lines, bundle.runner(), max_new_tokens=max_new_tokens)
     if as_json:
         said = [asdict(answer) for answer in answers]
         print_json({"answers": [{"input": line, **answer} for line, answer in zip(lines, said, strict=True)]})
     else:
         for answer in answers:
             print_line(str(answer))
+
+
+@click.command("chat")
+@click.option("--system", help="Other words than the recipe's to open the conversation with.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer.")
+@_on_bundle
+def chat_command(system: str | None, max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool) -> None:
+    """Talk with a bundle: a line is what you say. Ctrl-C stops an answer, Ctrl-D ends; stdin may be a file of lines."""
+    bundle = _open(bundle_name, runs)
+    conversation = Conversation(bundle, bundle.runner(), system=system)
+    for line in typed_lines("› "):
+        try:
+            for piece in conversation.say(line, max_new_tokens=max_new_tokens):
+                if not as_json:
+                    print_piece(piece)
+        except KeyboardInterrupt:
+            pass  # what was said so far stays in the conversation
+        if not as_json:
+            print_line("" if conversation.turns[-1].ended else " …")
+    if as_json:
+        print_json({"turns": [asdict(turn) for turn in conversation.turns], "forgotten": conversation.forgotten})
 
 
 @click.command("eval")
@@ -120,7 +139,7 @@ def _held_out(bundle: Bundle, rows: Path | None, recipe: Recipe, task: Task) -> 
     if rows is None:
         lines = (bundle.folder.parent.parent / "data/eval.jsonl").read_text("utf-8").splitlines()
         return [task.read(json.loads(line)) for line in lines]
-    examples, _ = to_examples(read_rows(rows, columns=recipe.data.columns), shape_of(recipe, rows))
+    examples, _ = to_examples(read_rows(rows, **layout_of(recipe)), shape_of(recipe, rows))
     length = recipe.training.max_length
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 

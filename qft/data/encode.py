@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from qft.data.examples import Example
@@ -97,32 +97,34 @@ class EncodeCounts:
 
 
 def encode_all(
-    examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress = silent
+    examples: Sequence[Example],
+    tokenizer: TextTokenizer,
+    *,
+    max_length: int,
+    last_only: bool = False,
+    on_progress: OnProgress = silent,
 ) -> tuple[list[Encoded], EncodeCounts]:
     """Encode every example; rows that keep no target within `max_length` are dropped and counted.
 
-    Raises InputError if none is left.
+    last_only: see `encode`. Raises InputError if no row is left.
     """
     kept: list[Encoded] = []
     cut = dropped = unknown = 0
     for number, example in enumerate(examples):
         if number % 500 == 0:
             on_progress(Progress("tokenize", number, len(examples), "rows"))
-        encoded = encode(example, tokenizer)
-        if len(encoded.input_ids) > max_length:
-            cut += 1
-            encoded = Encoded(
-                encoded.input_ids[:max_length],
-                encoded.in_loss[:max_length],
-                encoded.answer_start,
-                encoded.label,
-                encoded.where,
-            )
-        if not any(encoded.in_loss):
-            dropped += 1
-            continue
-        unknown += encoded.input_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
-        kept.append(encoded)
+        whole = encode(example, tokenizer, last_only=last_only)
+        if example.text is not None:
+            pieces = _pieces(whole, max_length)
+        else:
+            pieces = [replace(whole, input_ids=whole.input_ids[:max_length], in_loss=whole.in_loss[:max_length])]
+            cut += len(whole.input_ids) > max_length
+        for encoded in pieces:
+            if not any(encoded.in_loss):
+                dropped += 1
+                continue
+            unknown += encoded.input_ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
+            kept.append(encoded)
     if examples and not kept:
         raise InputError(
             "no row keeps a token in the loss",
@@ -133,11 +135,27 @@ def encode_all(
     return kept, EncodeCounts(cut, dropped, unknown, tokens, targets)
 
 
-def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
+def _pieces(whole: Encoded, max_length: int) -> list[Encoded]:
+    """A plain text in pieces of at most `max_length` tokens.
+
+    Each piece begins with the last token of the one before, so that every token but the first is a target once.
+    """
+    ids, step = whole.input_ids, max_length - 1
+    if len(ids) <= max_length:
+        return [whole]
+    parts = [ids[start : start + max_length] for start in range(0, len(ids) - 1, step)]
+    return [
+        Encoded(part, (False, *[True] * (len(part) - 1)), 1, None, f"{whole.where} piece {number}")
+        for number, part in enumerate(parts, 1)
+    ]
+
+
+def encode(example: Example, tokenizer: TextTokenizer, *, last_only: bool = False) -> Encoded:
     """Tokenize one example.
 
     Prompt and answer are tokenized on their own and joined, because a runtime tokenizes the prompt alone: the ids the
-    model is trained on are the ids it will see. In the loss: every assistant turn and its end-of-turn token.
+    model is trained on are the ids it will see. In the loss: every assistant turn and its end-of-turn token, or (last_only)
+    that of the last one.
     """
     if example.text is not None:
         return _plain_text(example, tokenizer)
@@ -150,6 +168,7 @@ def encode(example: Example, tokenizer: TextTokenizer) -> Encoded:
         if is_answer:
             answer_start = len(ids)
             part, targets = _answer_targets(part, text, tokenizer)
+            flags = [flag and not last_only for flag in flags]
         else:
             targets = [False] * len(part)
         ids += part

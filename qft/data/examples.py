@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.data.audio import Clip, find_clip
+from qft.data.passages import Passage, read_passage
 from qft.data.rows import Row
 from qft.data.tokenizer import Message
 from qft.errors import InputError
@@ -27,6 +28,7 @@ class Example:
     label: the expected answer where rows have labels. labels: those it consists of, one unless rows may have several.
     clip: the sound whose transcript the answer is.
     group: what the row has in common with others that must lie on the same side of a split (a speaker, a document).
+    passage: a question with its context, of format qa.
     """
 
     messages: tuple[Message, ...]
@@ -35,11 +37,13 @@ class Example:
     where: str
     labels: tuple[str, ...] | None = None
     group: str | None = None
+    passage: Passage | None = None
     clip: Clip | None = None
 
     def key(self) -> str:
         """What decides the split: the prompt (all but the last answer), case and white space folded."""
         content = self.text if self.text is not None else "\n".join(m.content for m in self.messages[:-1])
+        content = f"{content}\n{self.passage.context}" if self.passage else content
         return " ".join(content.casefold().split())
 
     def unit(self) -> str:
@@ -84,6 +88,10 @@ class _NoBin(Exception):
     """Not an error: this row is left out."""
 
 
+class _Empty(Exception):
+    """Not an error: this row says nothing."""
+
+
 def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Counts]:
     """Turn rows into examples. Raises InputError for missing columns, bad ratings, or labels of one class only."""
     if not rows:
@@ -101,13 +109,16 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         except _NoBin:
             no_bin += 1
             continue
-        if not example.key() or not (several or example.answer().strip()):
+        except _Empty:
+            empty += 1
+            continue
+        if not example.key() or not (several or example.passage or example.answer().strip()):
             empty += 1
         else:
-            group = _text_of(_column(row, shape.group_column)) if shape.group_column else None
+            group = _text_of(_column(row, shape.group_column)) if shape.group_column else example.group
             examples.append(_with_system(replace(example, group=group), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
-    if name == "labels" and len(labels) < 2:
+    if labels and len(labels) < 2 or name == "labels" and not labels:
         raise InputError(
             f"labels of one class only: {', '.join(labels) or 'none'}",
             where="data.label_column",
@@ -129,6 +140,10 @@ def _guess(row: Row, shape: Shape) -> str:
         return "messages"
     if {"instruction", "output"} <= columns:
         return "alpaca"
+    if {"input", "ideal"} <= columns:
+        return "evals"
+    if {"question", "context"} <= columns and columns & {"answers", "answer"}:
+        return "qa"
     if any({a, b} <= columns for a, b in _PAIRS):
         return "prompt-completion"
     if {shape.text_column, shape.label_column} <= columns:
@@ -138,7 +153,8 @@ def _guess(row: Row, shape: Shape) -> str:
     raise InputError(
         f"cannot tell what the columns mean: {', '.join(sorted(columns))}",
         where=row.where,
-        hint="known are messages, prompt + completion, instruction + output, text + label, text; "
+        hint="known are messages, prompt + completion, instruction + output, input + ideal, question + context + answers, "
+        "text + label, text; "
         "otherwise set data.format, data.text_column, data.label_column or data.columns",
     )
 
@@ -202,6 +218,18 @@ def _alpaca(row: Row, shape: Shape, bins: Mapping) -> Example:
     )
 
 
+def _qa(row: Row, shape: Shape, bins: Mapping) -> Example:
+    for name in ("question", "context"):
+        _column(row, name)
+    passage = read_passage(row.values, row.where)
+    if not passage.question or not passage.context.strip():
+        raise _Empty
+    prompt = fill(shape.prompt, row) if shape.prompt else passage.question
+    turns = (Message("user", prompt), Message("assistant", passage.answers[0] if passage.answers else ""))
+    folded = " ".join(passage.context.casefold().split())
+    return Example(turns, None, None, row.where, (passage.label,), folded, passage)
+
+
 def _text(row: Row, shape: Shape, bins: Mapping) -> Example:
     return Example((), _text_of(_column(row, shape.text_column)), None, row.where)
 
@@ -228,12 +256,24 @@ def _speech(row: Row, shape: Shape, bins: Mapping) -> Example:
     return Example(messages, None, None, row.where, clip=find_clip(folder, path, row.where))
 
 
+def _evals(row: Row, shape: Shape, bins: Mapping) -> Example:
+    """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
+    ideal = _column(row, "ideal")
+    value = ideal[0] if isinstance(ideal, list) and ideal else ideal
+    label = _bin_of(value, bins, row) if bins else _text_of(value)
+    answer = {"role": "assistant", "content": label}
+    asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
+    return replace(asked, label=label, labels=(label,))
+
+
 _FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {
     "messages": _messages,
     "prompt-completion": _prompt_completion,
     "alpaca": _alpaca,
     "text": _text,
     "labels": _labels,
+    "evals": _evals,
+    "qa": _qa,
     "speech": _speech,
 }
 

@@ -10,10 +10,17 @@ from qft.data.encode import Encoded, EncodedRow
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 
+_MOST_UNKNOWN_PERCENT = 5.0  # with more, a tokenizer was made for other text than this
+
 
 @dataclass(frozen=True)
 class DataReport:
-    """Rows and tokens after preparing; `leaked` counts training rows dropped because their text is held out."""
+    """Rows and tokens after preparing.
+
+    leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
+    their own whose text was among the training rows. changed_copies: of training rows, among train_rows.
+    tokens, unknown_tokens: of all parts.
+    """
 
     rows_read: int
     empty: int
@@ -21,8 +28,11 @@ class DataReport:
     duplicates: int
     conflicts: int
     leaked: int
+    also_in_train: int
+    changed_copies: int
     cut: int
     nothing_in_loss: int
+    tokens: int
     unknown_tokens: int
     train_rows: int
     validation_rows: int
@@ -33,6 +43,16 @@ class DataReport:
     length_95_percent: int
     length_longest: int
     labels: dict[str, int]
+
+    def warnings(self) -> list[str]:
+        """What is likely wrong with these rows for this model."""
+        unknown = 100 * self.unknown_tokens / max(1, self.tokens)
+        if unknown <= _MOST_UNKNOWN_PERCENT:
+            return []
+        return [
+            f"{unknown:.0f} % of the tokens are unknown to the model's tokenizer, so it cannot tell them apart; "
+            "choose a model that was made for this language"
+        ]
 
 
 def length_percentiles(encoded: Sequence[EncodedRow]) -> tuple[int, int, int]:

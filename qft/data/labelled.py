@@ -90,7 +90,7 @@ def label_all(
     for number, example in enumerate(examples):
         if number % 500 == 0:
             on_progress(Progress("tokenize", number, len(examples), "rows"))
-        if example.labels is None:
+        if example.labels is None or example.passage is not None:
             raise InputError(
                 "the rows have no labels", where="data.format", hint="text-classification needs data.format: labels"
             )

@@ -24,15 +24,36 @@ class Row:
     where: str
 
 
-def read_rows(path: Path, *, columns: list[str] | None) -> list[Row]:
+def read_labelled_rows(path: Path, *, column: str, label: str, **how: Any) -> list[Row]:
+    """As `read_rows` (which takes `how`), of a source whose rows all have one label, which becomes their `column`.
+
+    Raises InputError if they have such a column already.
+    """
+    rows = read_rows(path, **how)
+    if (row := next((row for row in rows if column in row.values), None)) is not None:
+        raise InputError(
+            f"the rows have a column {column!r} of their own, and data.train gives them the label {label!r}",
+            where=row.where,
+            hint="write data.train without labels, or another data.label_column",
+        )
+    return [Row({**row.values, column: label}, row.where) for row in rows]
+
+
+def read_rows(path: Path, *, columns: list[str] | None, text_separator: str = "\n") -> list[Row]:
     """All rows of a file or folder. `columns` names those of a delimited file without a header line.
 
-    Raises InputError naming the file and the lines that cannot be read.
+    text_separator: what stands between the texts of a .txt file; "" if the file is one text. Raises InputError naming the
+    file and the lines that cannot be read.
     """
     if path.is_dir():
-        return _read_folder(path, columns)
+        return _read_folder(path, columns, text_separator)
     kind = _kind(path)
-    rows = _read_parquet(path) if kind == "parquet" else _READERS[kind](path, _read_text(path), columns)
+    if kind == "parquet":
+        rows = _read_parquet(path)
+    elif kind == "txt" and columns is None:
+        rows = _texts(path, _read_text(path), text_separator)
+    else:
+        rows = _READERS[kind](path, _read_text(path), columns)
     if not rows:
         raise InputError(f"{path} holds no rows", hint="it is empty" if path.stat().st_size == 0 else "")
     return rows
@@ -99,9 +120,24 @@ def _read_json(path: Path, text: str, columns: list[str] | None) -> list[Row]:
         value = json.loads(text or "[]")
     except ValueError as error:
         raise InputError(f"not JSON: {error}", where=path.name, hint="one object a line is .jsonl") from None
+    if isinstance(value, dict) and "data" in value:
+        return _read_squad(path, value["data"])
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise InputError("not a list of objects", where=path.name)
     return [Row(row, f"{path.name}[{index}]") for index, row in enumerate(value)]
+
+
+def _read_squad(path: Path, articles: Any) -> list[Row]:
+    """The file of SQuAD (arXiv 1606.05250): articles of paragraphs, each with its questions."""
+    try:
+        return [
+            Row({"context": part["context"], **asked}, f"{path.name}[{asked['id']}]")
+            for article in articles
+            for part in article["paragraphs"]
+            for asked in part["qas"]
+        ]
+    except (TypeError, KeyError):
+        raise InputError("neither a list of objects nor a file of SQuAD's form", where=path.name) from None
 
 
 def _read_csv(path: Path, text: str, columns: list[str] | None, delimiter: str = ",") -> list[Row]:
@@ -126,15 +162,24 @@ def _read_tsv(path: Path, text: str, columns: list[str] | None) -> list[Row]:
 
 
 def _read_txt(path: Path, text: str, columns: list[str] | None) -> list[Row]:
-    """A line is a text; with `columns`, tab-delimited fields without quoting (real files hold stray quotes)."""
-    lines = [(n, line.rstrip("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if columns is None:
-        return [Row({"text": line}, f"{path.name}:{number}") for number, line in lines]
+    """Tab-delimited fields without quoting (real files hold stray quotes)."""
     rows: list[Row] = []
     problems: list[Problem] = []
-    for number, line in lines:
-        _add(rows, problems, columns, line.split("\t"), f"{path.name}:{number}")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            _add(rows, problems, columns or [], line.rstrip("\r").split("\t"), f"{path.name}:{number}")
     _refuse(problems)
+    return rows
+
+
+def _texts(path: Path, text: str, separator: str) -> list[Row]:
+    """A text between separators, with the line it begins in."""
+    rows, line = [], 1
+    for part in text.replace("\r\n", "\n").split(separator) if separator else [text.replace("\r\n", "\n")]:
+        if part.strip():
+            blank = len(part) - len(part.lstrip("\n"))
+            rows.append(Row({"text": part.strip("\n")}, f"{path.name}:{line + blank}"))
+        line += part.count("\n") + separator.count("\n")
     return rows
 
 
@@ -170,17 +215,21 @@ _READERS: dict[str, Callable[[Path, str, list[str] | None], list[Row]]] = {
 }
 
 
-def _read_folder(folder: Path, columns: list[str] | None) -> list[Row]:
-    """LABEL/*.txt (a text a file), LABEL.txt (a text a line), or data files of the other kinds."""
+def _read_folder(folder: Path, columns: list[str] | None, text_separator: str) -> list[Row]:
+    """LABEL/*.txt (a text a file), LABEL.txt (a text between separators), or data files of the other kinds."""
     by_label = sorted(p for p in folder.glob("*/*.txt"))
     if by_label:
         return [Row({"text": _read_text(p), "label": p.parent.name}, f"{p.parent.name}/{p.name}") for p in by_label]
     flat = sorted(folder.glob("*.txt"))
     if flat and columns is None:
-        return [Row({**row.values, "label": p.stem}, row.where) for p in flat for row in read_rows(p, columns=None)]
+        return [
+            Row({**row.values, "label": p.stem}, row.where)
+            for p in flat
+            for row in read_rows(p, columns=None, text_separator=text_separator)
+        ]
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lstrip(".") in {*_READERS, "parquet", "gz"})
     if not files:
         raise InputError(
             f"{folder} holds no files of rows", hint="jsonl, csv, tsv, parquet, or one folder of .txt a label"
         )
-    return [row for p in files for row in read_rows(p, columns=columns)]
+    return [row for p in files for row in read_rows(p, columns=columns, text_separator=text_separator)]

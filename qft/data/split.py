@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qft.data.examples import Example
 from qft.errors import InputError
@@ -71,11 +72,23 @@ def take_by_hash(examples: Sequence[Example], count: int, *, seed: int) -> list[
     return [examples[i] for i in sorted(chosen)]
 
 
-def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], int]:
-    """Training rows whose text and group are not held out, and how many were dropped for that."""
-    held = {known for e in held_out for known in (e.key(), e.unit())}
-    kept = [e for e in train if held.isdisjoint((e.key(), e.unit()))]
-    return kept, len(train) - len(kept)
+@dataclass(frozen=True)
+class Leaks:
+    """Texts on both sides. train: training rows that were left out for it; held_out: held-out rows, which stay."""
+
+    train: int
+    held_out: int
+
+
+def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], Leaks]:
+    """Training rows whose text and group are not held out, and how many rows of either side had those of the other."""
+    known, learnt = (_known(side) for side in (held_out, train))
+    kept = [e for e in train if known.isdisjoint((e.key(), e.unit()))]
+    return kept, Leaks(len(train) - len(kept), sum(not learnt.isdisjoint((e.key(), e.unit())) for e in held_out))
+
+
+def _known(examples: Sequence[Example]) -> set[str]:
+    return {known for e in examples for known in (e.key(), e.unit())}
 
 
 def _draw(key: str, seed: int) -> float:

@@ -25,6 +25,20 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two texts as the tokenizer joins them. begin, end: places of the second one's first token and of what follows its last.
+
+    between: special tokens that stand before it. offsets: (begin, end) characters that each of its tokens stands for.
+    """
+
+    input_ids: list[int]
+    begin: int
+    end: int
+    between: int
+    offsets: list[tuple[int, int]]
+
+
 class TextTokenizer:
     """tokenizer.json, the special tokens and the chat template of a model folder."""
 
@@ -84,6 +98,24 @@ class TextTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it are read as such."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_pair(self, first: str, second: str) -> Pair:
+        """Two texts in one row; special tokens written in them are text, so that none can end the first text."""
+        self._tokenizer.encode_special_tokens = True
+        found = self._tokenizer.encode(first, second)
+        self._tokenizer.encode_special_tokens = False
+        inside = [place for place, text in enumerate(found.sequence_ids) if text == 1]
+        asked = [place for place, text in enumerate(found.sequence_ids) if text == 0]
+        last = asked[-1] if asked else 0
+        begin = inside[0] if inside else len(found.ids) - 1
+        end = inside[-1] + 1 if inside else begin
+        return Pair(found.ids, begin, end, begin - last - 1, found.offsets[begin:end])
+
+    @property
+    def pair_mark(self) -> int | None:
+        """The token after which a pair's second text begins; None if the tokenizer does not number texts (token_type_ids)."""
+        found = self._tokenizer.encode("a", "b")
+        return found.ids[found.type_ids.index(1) - 1] if 1 in found.type_ids else None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids."""

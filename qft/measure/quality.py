@@ -13,7 +13,8 @@ from qft.data.tokenizer import TextTokenizer
 from qft.measure.agreement import Agreement
 from qft.progress import OnProgress, Progress, silent
 
-_MOST_TOKENS = 4096  # padded tokens of one forward pass: logits of 4096 tokens over 49,152 words are 0.8 GB
+_MOST_TOKENS = 4096  # padded tokens of one forward pass
+_MOST_LOGITS = 200_000_000  # of one forward pass, 0.8 GB: an ONNX decoder gives those of every position, needed or not
 
 
 class Runner(Protocol):
@@ -36,7 +37,8 @@ class Witness(Protocol):
 class RowAnswer:
     """One held-out row: what was expected, what was answered, its mean loss a target (nats).
 
-    ended: by the model itself. probability: that it gives its answer, where it chooses among labels.
+    ended: by the model itself. probability: that it gives its answer, where it chooses among labels. asked: False if only
+    its loss was taken; answer, right and ended then mean nothing.
     """
 
     where: str
@@ -46,6 +48,8 @@ class RowAnswer:
     ended: bool
     loss: float
     probability: float | None = None
+    targets: int = 1
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Quality:
     answers exactly right, of rows with labels. label_percent: generated answers that are exactly one of the labels.
     ended_percent: those that the model ended by itself. preferred_percent: rows where the right label's first token is
     likelier than the other labels' (None if labels begin alike). macro_f1_percent, calibration_error_percent: see
-    `classification`; word_error_percent, character_error_percent: `transcripts`. agreement: with the tuned model, where there is one.
+    `classification`; word_error_percent, character_error_percent: see `transcripts`. exact_match_percent: questions answered
+    with the words of a right answer; f1_percent: see `answers`. agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -74,6 +79,8 @@ class Quality:
     word_error_percent: float | None = None
     character_error_percent: float | None = None
     calibration_error_percent: float | None = None
+    exact_match_percent: float | None = None
+    f1_percent: float | None = None
     agreement: Agreement | None = None
 
 
@@ -105,13 +112,15 @@ def measure(
     """Measure every row, by accuracy or perplexity (auto: accuracy if rows have labels).
 
     One teacher-forced pass gives each row's loss and tells whether greedy generation would give the expected answer
-    token for token; only rows where it would not are generated, to see what is answered instead.
+    token for token; only rows where it would not are generated, to see what is answered instead. Rows without labels are
+    not generated: many answers are as good as the expected one.
     """
     labels = sorted({r.label for r in rows if r.label is not None})
     first = _first_tokens(rows, labels)
+    most_tokens = min(_MOST_TOKENS, _MOST_LOGITS // tokenizer.vocab_size)
     forced: list[_Forced] = [_Forced(0.0, 0, False, None)] * len(rows)
     done = 0
-    for batch in batches([len(r.input_ids) for r in rows], how.batch_size):
+    for batch in batches([len(r.input_ids) for r in rows], how.batch_size, most_tokens):
         for index, (result, logits) in zip(
             batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True
         ):
@@ -120,15 +129,27 @@ def measure(
                 how.witness.look(index, logits)
         done += len(batch)
         how.on_progress(Progress("measure", done, len(rows), "rows"))
-    answers = _answers(runner, rows, forced, tokenizer, how) if labels else []
-    return _summary(how.metric, rows, forced, answers, labels), answers
+    if labels:
+        answers = _answers(runner, rows, forced, tokenizer, how, most_tokens)
+        return _summary(how.metric, rows, forced, answers, labels), answers
+    losses = [
+        RowAnswer(
+            r.where, _expected(r, tokenizer), "", False, False, f.nats / r.targets, targets=r.targets, asked=False
+        )
+        for r, f in zip(rows, forced, strict=True)
+    ]
+    return _summary(how.metric, rows, forced, [], labels), losses
 
 
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers by length, at most `batch_size` rows and 4,096 padded tokens at a time."""
+def _expected(row: Encoded, tokenizer: TextTokenizer) -> str:
+    return tokenizer.decode([token for token, flag in zip(row.input_ids, row.in_loss, strict=True) if flag])
+
+
+def batches(lengths: Sequence[int], batch_size: int, most_tokens: int = _MOST_TOKENS) -> Iterator[list[int]]:
+    """Row numbers by length, at most `batch_size` rows and `most_tokens` padded tokens at a time, but at least one row."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > _MOST_TOKENS):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[index] > most_tokens):
             yield batch
             batch = []
         batch.append(index)
@@ -177,11 +198,12 @@ def _answers(
     forced: Sequence[_Forced],
     tokenizer: TextTokenizer,
     how: Measuring,
+    most_tokens: int,
 ) -> list[RowAnswer]:
     longest = max(len(r.answer) for r in rows)
     open_rows = [i for i, f in enumerate(forced) if not f.whole_answer]
     texts: dict[int, tuple[str, bool]] = {}
-    for batch in batches([len(rows[i].prompt) for i in open_rows], how.batch_size):
+    for batch in batches([len(rows[i].prompt) for i in open_rows], how.batch_size, most_tokens):
         chosen = [open_rows[b] for b in batch]
         out = runner.generate(
             [rows[i].prompt for i in chosen], max_new_tokens=longest + how.extra_tokens, stop_ids=tokenizer.stop_ids
@@ -193,7 +215,8 @@ def _answers(
     for index, (row, result) in enumerate(zip(rows, forced, strict=True)):
         expected = row.label or ""
         text, ended = texts.get(index, (expected, True))
-        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, result.nats / row.targets))
+        loss = result.nats / row.targets
+        answers.append(RowAnswer(row.where, expected, text, text == expected, ended, loss, targets=row.targets))
     return answers
 
 

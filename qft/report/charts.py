@@ -33,6 +33,8 @@ def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
 
 def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
     """Training loss a step, its running mean, and the validation loss."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(5.2, 3.6)
     steps, losses = [c[0] for c in curve], [c[1] for c in curve]
     axes.plot(steps, losses, color=LINE, linewidth=1, label="training, each step")
@@ -41,8 +43,9 @@ def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=ACCENT, marker="o", markersize=5, linewidth=2, label="validation")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a target token")
+    axes.set_ylabel("loss, nats a target")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # decades alone may leave a short curve without a number
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
@@ -80,7 +83,9 @@ def confusion_chart(found: LabelResults) -> str:
     for expected, said, rows in found.confused:
         if expected in place and said in place:
             shares[place[expected]][place[said]] = 100 * rows / score[expected].rows
-    figure, axes = _figure(2.2 + 0.28 * len(chosen), 1.6 + 0.26 * len(chosen))
+    # As wide as other pictures: the page stretches them all to one width, and the letters of a small one with it.
+    figure, axes = _figure(max(6.4, 2.2 + 0.28 * len(chosen)), 1.6 + 0.26 * len(chosen))
+    axes.set_aspect("equal", anchor="W")
     axes.pcolormesh(shares, cmap="Greens", vmin=0, vmax=100, edgecolors="white", linewidth=0.8)
     axes.invert_yaxis()
     middles = [number + 0.5 for number in range(len(chosen))]

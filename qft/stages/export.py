@@ -16,7 +16,7 @@ from qft.measure.machine import versions
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare, tune
-from qft.stages.job import Job
+from qft.stages.job import Job, task_keys
 from qft.tasks.registry import find_task
 
 NEEDS = ("prepare", "merge")
@@ -89,6 +89,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         models=dict(models),
         labels=facts.labels.names,
         several_labels=facts.labels.several,
+        keys=task_keys(recipe),
         max_length=recipe.training.max_length,
         prompt=recipe.data.prompt,
         prompt_column=facts.prompt_column,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
@@ -33,11 +33,29 @@ def make_task(recipe: Recipe, labels: LabelSet) -> Task:
             where="evaluation.metric",
             hint=f"write auto or {' or '.join(kind.metrics)}",
         )
-    return kind(
-        labels,
-        class_weights=recipe.classification.class_weights,
-        window_seconds=recipe.speech.window_seconds,
-    )
+    return kind(labels, **task_keys(recipe))
+
+
+def task_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of the recipe that are its task's own."""
+    section = find_task(recipe.task).section
+    return getattr(recipe, section).model_dump() if section else {}
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Raises InputError if keys that are right each by itself contradict each other."""
+    if recipe.data.system is not None and not find_task(recipe.task).chats:
+        raise InputError(
+            f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
+        )
+    keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
+    for key, value in keys.items():
+        if value in ("full", "pissa") and recipe.quantization.base != "none":
+            raise InputError(
+                f"{key}: {value} changes the base's weights, which {recipe.quantization.base} holds in 4 bits",
+                where=key,
+                hint="write quantization.base: none",
+            )
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,13 @@ class Job:
         record = self.run.record(stage)
         if record is None:
             raise StageError(f"the stage {stage} has not run yet")
-        return TypeAdapter(kind).validate_python(record.facts)
+        try:
+            return TypeAdapter(kind).validate_python(record.facts)
+        except ValidationError:
+            raise InputError(
+                f"{self.run.root} was made by another version of qft: its record of {stage} cannot be read",
+                hint=f"run it again under another name, as name={self.run.name}-2",
+            ) from None
 
     @property
     def task(self) -> Task:
@@ -101,7 +125,7 @@ class Job:
         return replace(quality, agreement=witness.agreement()) if isinstance(witness, Comparison) else quality
 
     def answers(self, stage: str) -> list[RowAnswer]:
-        """What `measure` kept; empty where rows have no labels."""
+        """What `measure` kept; empty if it has not run."""
         path = self.run.answers(stage)
         return [RowAnswer(**json.loads(line)) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 

@@ -1,4 +1,4 @@
-"""The adapter merged into the base.
+"""What was learnt merged into the base.
 
 Both ways are measured: people disagree which base to merge into, because it depends (peft#2321, peft#2105): the 16-bit weights
 hold what the 4-bit ones lost, but the adapter was trained on the 4-bit ones and has learnt to mend their errors. The dequantized
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
-from qft.stages import prepare
+from qft.stages import prepare, tune
 from qft.stages.job import Job
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ def run(job: Job) -> Facts:
 
 def _merged(job: Job, tokenizer: TextTokenizer, way: Way) -> Any:
     from qft.base_model import is_quantized, own_type
-    from qft.training.lora import merge, round_base_to_4bit
+    from qft.training.lora import round_base_to_4bit
 
     keys, folder = job.recipe.quantization, job.facts(prepare.Facts).base_folder
     model = job.load(folder, tokenizer, dtype=own_type(folder))
     if way != "16-bit base" and not is_quantized(folder):
         round_base_to_4bit(model, base=keys.base, double_quant=keys.double_quant)
-    return merge(model, job.run.adapter)
+    return tune.method_of(job.recipe).merge(model, job.run.adapter)
 
 
 def choose(found: Mapping[Way, Validation]) -> Way:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from qft.base_model import local_checkpoint
+from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, to_examples
 from qft.data.inspect import DataReport, length_percentiles
 from qft.data.labelled import LabelSet
-from qft.data.rows import read_rows
-from qft.data.split import drop_duplicates, split_by_hash, take_by_hash, without_leaks
+from qft.data.rows import read_labelled_rows, read_rows
+from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.files import folder_aside, write_text
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
-from qft.stages.job import Job, make_task
+from qft.stages.job import Job, check_keys, make_task
 
 NEEDS: tuple[str, ...] = ()
 
@@ -59,8 +60,8 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     data = recipe.data
     files = [
         recipe.model,
-        *_train_uris(recipe),
-        *(uri for uri in (data.eval, data.audio_folder) if isinstance(uri, str)),
+        *(uri for uri, _ in _train_uris(recipe)),
+        *(uri for uri in (data.eval, data.audio_folder, data.augment.synonyms) if isinstance(uri, str)),
     ]
     return {
         "task": recipe.task,
@@ -68,6 +69,8 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "data": data.model_dump(),
         "max_length": recipe.training.max_length,
         "speech": recipe.speech.model_dump(),
+        "text_generation": recipe.text_generation.model_dump(),
+        "question_answering": recipe.question_answering.model_dump(),
         "files": [local_stamp(uri, relative_to) for uri in files],
     }
 
@@ -81,15 +84,18 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job) -> Facts:
     """Fetch, read, split, tokenize."""
     recipe = job.recipe
+    check_keys(recipe)
     without_labels = make_task(recipe, LabelSet((), (), False, 0))  # a wrong name is said before anything is fetched
     model = _fetch(job, recipe.model, "model")
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
     without_labels.check_base(base)
     tokenizer = TextTokenizer.load(base)
-    sources = [_fetch(job, uri, "dataset") for uri in _train_uris(recipe)]
+    sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
-    parts, leaked, eval_source = _split(job, kept)
+    parts, leaks, eval_source = _split(job, kept)
+    copies = _copies(job, parts["train"])
+    parts["train"] += copies
     labels = _labels(parts["train"], counts)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
@@ -100,8 +106,11 @@ def run(job: Job) -> Facts:
         )
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
-    report = _report(counts, duplicates, conflicts, leaked, tallies, encoded)
-    described = [*sources, *([eval_source] if eval_source else [])]
+    used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
+    report = _report(
+        counts, duplicates, conflicts, leaks, len(copies), tallies, used, length_percentiles(encoded["train"])
+    )
+    described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
         base,
         _fact(model),
@@ -128,8 +137,12 @@ def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
     return 100 * sum(example.labels == answer for example in parts["eval"]) / len(parts["eval"])
 
 
-def _train_uris(recipe: Recipe) -> list[str]:
-    return [recipe.data.train] if isinstance(recipe.data.train, str) else recipe.data.train
+def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """Sources of rows, and the label of all rows of each; None where rows say it themselves."""
+    given = recipe.data.train
+    if isinstance(given, dict):
+        return [(uri, label) for label, uri in given.items()]
+    return [(uri, None) for uri in ([given] if isinstance(given, str) else given)]
 
 
 def _fetch(job: Job, uri: str, kind: Any) -> Source:
@@ -137,19 +150,38 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
     return fetch(uri, relative_to=job.relative_to, cache=job.cache, repo_type=kind, on_progress=job.on_progress)
 
 
-def _examples(job: Job, sources: Sequence[Source]) -> tuple[list[Example], Counts]:
+def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[list[Example], Counts]:
+    """sources: each with the label of all its rows."""
+    rows, how, column = [], layout_of(job.recipe), job.recipe.data.label_column
+    for source, label in sources:
+        if label is None:
+            rows += read_rows(source.path, **how)
+        else:
+            rows += read_labelled_rows(source.path, column=column, label=label, **how)
     keys = job.recipe.data
-    rows = [row for source in sources for row in read_rows(source.path, columns=keys.columns)]
-    folder = _fetch(job, keys.audio_folder, "dataset").path if keys.audio_folder else sources[0].path
+    folder = _fetch(job, keys.audio_folder, "dataset").path if keys.audio_folder else sources[0][0].path
     return to_examples(rows, shape_of(job.recipe, folder))
+
+
+def _copies(job: Job, train: Sequence[Example]) -> list[Example]:
+    """Changed copies of training rows."""
+    keys, data = job.recipe.data.augment, job.recipe.data
+    if not keys.copies:
+        return []
+    listed = _fetch(job, keys.synonyms, "dataset").path.read_text("utf-8") if keys.synonyms else ""
+    changes = Changes(keys.word_dropout, keys.word_swap, keys.synonym, read_synonyms(listed))
+    return changed_copies(train, changes, copies=keys.copies, prompt=data.prompt, seed=data.seed)
+
+
+def layout_of(recipe: Recipe) -> dict[str, Any]:
+    """How the recipe's files are read, as `read_rows` takes it."""
+    return {"columns": recipe.data.columns, "text_separator": recipe.data.text_separator}
 
 
 def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
     """How the recipe's rows become examples. rows_in: their file or folder, or the .tar where their sound files lie."""
     keys = recipe.data
     folder = rows_in if rows_in.is_dir() or rows_in.suffix == ".tar" else rows_in.parent
-    if recipe.task == "text-classification" and keys.system is not None:
-        raise InputError("a classifier is given no system message", where="data.system", hint="leave it out")
     return Shape(
         keys.format,
         keys.text_column,
@@ -163,19 +195,19 @@ def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
     )
 
 
-def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], int, Source | None]:
+def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], Leaks, Source | None]:
     keys = job.recipe.data
     if isinstance(keys.eval, str):
         source = _fetch(job, keys.eval, "dataset")
-        held_out, _ = _examples(job, [source])
-        examples, leaked = without_leaks(examples, held_out)
+        held_out, _ = _examples(job, [(source, None)])
+        examples, leaks = without_leaks(examples, held_out)
         parts = {"eval": held_out, **split_by_hash(examples, {"validation": keys.validation}, seed=keys.seed)}
     else:
-        source, leaked = None, 0
+        source, leaks = None, Leaks(0, 0)
         parts = split_by_hash(examples, {"eval": keys.eval, "validation": keys.validation}, seed=keys.seed)
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
-    return parts, leaked, source
+    return parts, leaks, source
 
 
 def _write(folder: Path, encoded: dict[str, list[EncodedRow]]) -> None:
@@ -188,11 +220,13 @@ def _report(
     counts: Counts,
     duplicates: int,
     conflicts: int,
-    leaked: int,
+    leaks: Leaks,
+    copies: int,
     tallies: dict[str, EncodeCounts],
-    encoded: dict[str, list[EncodedRow]],
+    used: dict[str, int],
+    lengths: tuple[int, int, int],
 ) -> DataReport:
-    median, most, longest = length_percentiles(encoded["train"])
+    median, most, longest = lengths
 
     def total(key: str) -> int:
         return sum(asdict(tally)[key] for tally in tallies.values())
@@ -203,13 +237,16 @@ def _report(
         in_no_bin=counts.in_no_bin,
         duplicates=duplicates,
         conflicts=conflicts,
-        leaked=leaked,
+        leaked=leaks.train,
+        also_in_train=leaks.held_out,
+        changed_copies=copies,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
+        tokens=total("tokens"),
         unknown_tokens=total("unknown_tokens"),
-        train_rows=len(encoded["train"]),
-        validation_rows=len(encoded["validation"]),
-        eval_rows=len(encoded["eval"]),
+        train_rows=used["train"],
+        validation_rows=used["validation"],
+        eval_rows=used["eval"],
         train_tokens=tallies["train"].tokens,
         train_target_tokens=tallies["train"].target_tokens,
         length_median=median,

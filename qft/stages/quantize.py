@@ -10,7 +10,7 @@ from typing import Any
 from qft.bundle.golden import as_json
 from qft.bundle.manifest import Bundle, size_bytes, update
 from qft.files import folder_aside
-from qft.measure.classification import Calibration, calibrate
+from qft.measure.classification import Calibration
 from qft.measure.quality import Quality
 from qft.progress import Progress
 from qft.recipe import Recipe
@@ -89,7 +89,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
             )
         export.describe(job, aside, target=target.name, models=files)
         update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
-        calibration = _calibration(job, aside) if job.recipe.task == "text-classification" else None
+        calibration = _calibration(job, aside)
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         job.on_progress(Progress("golden cases", 0))
         update(aside, golden=as_json(job.task.golden_cases(Bundle.load(aside), job.rows("eval"))))
@@ -108,17 +108,12 @@ def _lies_in(layer: str, graph: str, graphs: Mapping[str, str]) -> bool:
     return graph == max(graphs, key=lambda name: len(graphs[name]) if layer.startswith(graphs[name]) else -1)
 
 
-def _calibration(job: Job, folder: Path) -> Calibration:
-    keys, bundle = job.recipe, Bundle.load(folder)
-    found = calibrate(
-        bundle.runner(),
-        job.rows("validation"),
-        job.rows("eval"),
-        bundle.labels,
-        accepted_accuracy=keys.classification.accepted_accuracy,
-        batch_size=keys.evaluation.batch_size,
+def _calibration(job: Job, folder: Path) -> Calibration | None:
+    found = job.task.calibrate(
+        Bundle.load(folder), job.rows("validation"), job.rows("eval"), batch_size=job.recipe.evaluation.batch_size
     )
-    update(folder, calibration=asdict(found))
+    if found is not None:
+        update(folder, calibration=asdict(found))
     return found
 
 

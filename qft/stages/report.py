@@ -92,7 +92,7 @@ def summarize(job: Job) -> Summary:
         machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
         versions=content.get("versions", {}),
         examples=_examples(job, target) if shipped else Examples(),
-        labels=_labels(job, target, shipped) if shipped and job.recipe.task == "text-classification" else None,
+        labels=_labels(job, target, shipped) if shipped else None,
     )
 
 
@@ -135,11 +135,10 @@ def _training(job: Job, facts: tune.Facts) -> Training:
 
 def _examples(job: Job, target: str) -> Examples:
     answers, tuned = job.answers(f"quantize-{target}"), job.answers("tune")
-    if not answers or not (job.run.data / "eval.jsonl").exists():
+    if not answers or not answers[0].asked or not (job.run.data / "eval.jsonl").exists():
         return Examples()
     tokenizer = TextTokenizer.load(job.run.bundle(target))
-    task = job.task
-    prompts = [task.shown(row, tokenizer) for row in job.rows("eval")]
+    prompts = job.task.asked(job.rows("eval"), tokenizer)
     # What all prompts share, the template and the instruction, is not worth reading twelve times.
     begin = len(os.path.commonprefix(prompts))
     end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
@@ -153,7 +152,7 @@ def _examples(job: Job, target: str) -> Examples:
 
 def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | None:
     answers, prepared = job.answers(f"quantize-{target}"), job.facts(prepare.Facts)
-    if not answers or target not in shipped.targets:
+    if not answers or target not in shipped.targets or shipped.targets[target].calibration is None:
         return None
     labels = Labels(prepared.labels.names, prepared.labels.several)
     mistaken = Counter((a.expected, a.answer) for a in answers if not a.right)

@@ -1,23 +1,27 @@
-"""An adapter on the frozen, 4-bit base: QLoRA (arXiv 2305.14314)."""
+"""The base is tuned: by an adapter on its frozen 4-bit form (QLoRA, arXiv 2305.14314), its head alone, or every weight."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare
 from qft.stages.job import Job
+from qft.tasks.registry import find_task
+
+if TYPE_CHECKING:
+    from qft.training.methods import Method
 
 NEEDS = ("prepare",)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """How training went, and the quality of the tuned model: adapter beside the 4-bit base."""
+    """How training went, and the quality of the tuned model, before any merge."""
 
     quality: Quality
     steps: int
@@ -35,6 +39,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
     return {
         "quantization": recipe.quantization.model_dump(exclude={"grid"}),
+        "tuning": recipe.tuning.model_dump(),
         "lora": recipe.lora.model_dump(),
         "training": recipe.training.model_dump(),
         "class_weights": recipe.classification.class_weights,
@@ -44,50 +49,56 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
 
 def outputs(job: Job) -> list[Path]:
     """What must be there for the stage to count as done."""
-    return [job.run.adapter / "adapter_model.safetensors", job.run.metrics, job.run.tuned_said]
+    return [job.run.adapter, job.run.metrics, job.run.tuned_said]
 
 
 def run(job: Job, fingerprint: str) -> Facts:
-    """Train from the last checkpoint of this very plan, or from the start; save the best adapter; measure it."""
+    """Train from the last checkpoint of this very plan, or from the start; save the best step; measure it."""
     from qft.data.tokenizer import TextTokenizer
     from qft.training.loop import fine_tuning, train
-    from qft.training.lora import attach, trainable
+    from qft.training.lora import trainable
+    from qft.training.noise import add_noise
 
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    base, forward = job.load(folder, tokenizer, base=recipe.quantization.base), task.forward(tokenizer)
+    method, whole = method_of(recipe), recipe.tuning.method == "full"
+    base = job.load(folder, tokenizer, base=recipe.quantization.base, dtype="float32" if whole else None)
+    forward = task.forward(tokenizer)
     rows, validation = job.rows("train"), job.rows("validation")
     fitted = forward.start(base, rows, validation, batch_size=recipe.evaluation.batch_size, on_progress=job.on_progress)
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = attach(
-        base,
-        r=recipe.lora.r,
-        alpha=recipe.lora.alpha,
-        dropout=recipe.lora.dropout,
-        target_modules=recipe.lora.target_modules,
-        seed=recipe.training.seed,
-        task_type=task.peft_type,
-    )
+    model = method.attach(base)
+    add_noise(base, recipe.training.neftune_noise_alpha)
     result = train(
         model,
         rows,
         validation,
         _schedule(recipe),
-        fine_tuning(forward, start_counts=fitted),
+        fine_tuning(forward, label_smoothing=recipe.training.label_smoothing, start_counts=fitted),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,
         on_progress=job.on_progress,
     )
-    model.peft_config["default"].base_model_name_or_path = recipe.model  # not this machine's cache
     with folder_aside(job.run.adapter) as aside:
-        model.save_pretrained(str(aside))
-        (aside / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        method.save(model, aside)
     quality = job.measure("tune", task.torch_runner(model.eval(), tokenizer), tokenizer)
     return Facts(
         quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values())
     )
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The recipe's way of tuning."""
+    if recipe.tuning.method == "lora":
+        from qft.training.lora import Lora
+
+        keys = recipe.lora.model_dump()
+        return Lora(**keys, seed=recipe.training.seed, task_type=find_task(recipe.task).peft_type, base=recipe.model)
+    from qft.training.methods import Weights
+
+    return Weights(recipe.tuning.method == "head", recipe.quantization.compute_dtype)
 
 
 def _schedule(recipe: Recipe) -> Any:
@@ -105,4 +116,5 @@ def _schedule(recipe: Recipe) -> Any:
         evaluations=keys.evaluations,
         checkpoint_minutes=keys.checkpoint_minutes,
         seed=keys.seed,
+        patience=keys.patience,
     )

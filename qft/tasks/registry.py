@@ -15,6 +15,7 @@ from qft.data.examples import Example
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
+from qft.measure.classification import Calibration
 from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _TASKS = {
     "text-generation": "qft.tasks.text_generation:TextGeneration",
     "text-classification": "qft.tasks.text_classification:TextClassification",
+    "question-answering": "qft.tasks.question_answering:QuestionAnswering",
     "automatic-speech-recognition": "qft.tasks.speech_recognition:SpeechRecognition",
 }
 
@@ -33,7 +35,8 @@ class Task(Protocol):
 
     export_task: optimum's name of the graph. ort_class: the optimum class that opens the bundle. peft_type: PEFT's name.
     metrics: headline metrics that `evaluation.metric` may name. graphs: name of each ONNX file → what its layers' names lack
-    of those in torch.
+    of those in torch. section: of the recipe, whose keys it is made with. chats: rows are conversations, which a system
+    message may open.
     """
 
     export_task: str
@@ -41,8 +44,10 @@ class Task(Protocol):
     peft_type: str | None
     metrics: tuple[str, ...]
     graphs: Mapping[str, str]
+    section: str | None
+    chats: bool
 
-    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None: ...
+    def __init__(self, labels: LabelSet, **keys: Any) -> None: ...
 
     def check_base(self, folder: Path) -> None:
         """Raises InputError if a checkpoint cannot be tuned for this."""
@@ -61,8 +66,8 @@ class Task(Protocol):
     def marked(self, row: Any, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
         """A row as runs of text, with whether they are learnt."""
 
-    def shown(self, row: Any, tokenizer: TextTokenizer) -> str:
-        """What a row asks, as text."""
+    def asked(self, rows: Sequence[Any], tokenizer: TextTokenizer) -> list[str]:
+        """What the rows ask, one text for every answer that `measure` gives."""
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """The model, as `qft.base_model.load` takes `how`."""
@@ -76,12 +81,17 @@ class Task(Protocol):
     def measure(
         self, runner: Any, rows: Sequence[Any], tokenizer: TextTokenizer, how: Measuring
     ) -> tuple[Quality, list[RowAnswer]]:
-        """Quality on held-out rows, and every answer where rows have one."""
+        """Quality on held-out rows, and every row's answer or, where nothing is to be answered, its loss."""
 
     def describe(
         self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
     ) -> None:
         """Write the runtimes' configurations into a bundle's folder. models: graph → its file. inputs: of the last graph."""
+
+    def calibrate(
+        self, bundle: Bundle, validation: Sequence[Any], test: Sequence[Any], *, batch_size: int
+    ) -> Calibration | None:
+        """How a bundle's probabilities are made honest; None if it is not told what they should be."""
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Any]) -> list[GoldenCase]:
         """What the shipped function answers on some rows."""

@@ -40,7 +40,10 @@ class SpeechRecognition:
     metrics = ("wer", "cer", "accuracy")
     graphs: Mapping[str, str] = {"encoder_model": "model.encoder.", "decoder_model_merged": ""}
 
-    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None:
+    section = "speech"
+    chats = False
+
+    def __init__(self, labels: LabelSet, *, window_seconds: int) -> None:
         """window_seconds: that the encoder reads; Whisper's own are 30."""
         self.seconds = window_seconds
 
@@ -67,13 +70,12 @@ class SpeechRecognition:
     def marked(self, row: Pair, tokenizer: TextTokenizer) -> list[tuple[str, bool]]:
         """The file's name, what the decoder begins with, and the text."""
         begin, end = row.input_ids[: row.answer_start], row.input_ids[row.answer_start :]
-        name = self.shown(row, tokenizer)
         fed, learnt = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (begin, end))
-        return [(f"{name} → {fed}", False), (learnt, True)]
+        return [(f"{_clip(row).name} → {fed}", False), (learnt, True)]
 
-    def shown(self, row: Pair, tokenizer: TextTokenizer) -> str:
-        """The file's name."""
-        return _clip(row).name
+    def asked(self, rows: Sequence[Pair], tokenizer: TextTokenizer) -> list[str]:
+        """The files' names."""
+        return [_clip(row).name for row in rows]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """With fused attention: an encoder's positions are many, however few tokens are written."""
@@ -105,6 +107,9 @@ class SpeechRecognition:
         """For transformers.js and optimum."""
         write_seq2seq_configs(merged, folder, models)
         write_window(folder, self.seconds)
+
+    def calibrate(self, bundle: Bundle, validation: Sequence[Pair], test: Sequence[Pair], *, batch_size: int) -> None:
+        """A transcript is given without a probability."""
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Pair]) -> list[GoldenCase]:
         """Transcripts of some clips, which are put into the bundle."""

@@ -15,7 +15,7 @@ from qft.data.encode import EncodeCounts
 from qft.data.examples import Example
 from qft.data.labelled import Labelled, LabelSet, label_all
 from qft.data.tokenizer import TextTokenizer
-from qft.measure.classification import measure_labels
+from qft.measure.classification import Calibration, calibrate, measure_labels
 from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
@@ -34,12 +34,15 @@ class TextClassification:
     peft_type = "SEQ_CLS"
     metrics = ("accuracy", "macro_f1")
     graphs: Mapping[str, str] = {"model": ""}
+    section = "classification"
+    chats = False
 
-    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None:
-        """class_weights: none or balanced."""
+    def __init__(self, labels: LabelSet, *, class_weights: str, accepted_accuracy: float) -> None:
+        """class_weights: none or balanced. accepted_accuracy: see `reject_threshold`."""
         self.set = labels
         self.labels = Labels(labels.names, labels.several)
         self.class_weights = class_weights
+        self.accepted_accuracy = accepted_accuracy
 
     def check_base(self, folder: Path) -> None:
         """Any encoder or decoder that transformers has a classifier for: `load` says if it has none."""
@@ -62,9 +65,9 @@ class TextClassification:
         fed = tokenizer.decode(row.input_ids, skip_special_tokens=False)
         return [(f"{fed} → ", False), (self.labels.named(row) or "(none)", True)]
 
-    def shown(self, row: Labelled, tokenizer: TextTokenizer) -> str:
-        """The text."""
-        return row.text
+    def asked(self, rows: Sequence[Labelled], tokenizer: TextTokenizer) -> list[str]:
+        """The texts."""
+        return [row.text for row in rows]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """With a head over the labels."""
@@ -94,6 +97,19 @@ class TextClassification:
     ) -> None:
         """For transformers.js and optimum; onnxruntime-genai runs no classifiers."""
         write_config(merged, folder, models)
+
+    def calibrate(
+        self, bundle: Bundle, validation: Sequence[Labelled], test: Sequence[Labelled], *, batch_size: int
+    ) -> Calibration:
+        """Temperature and the least probability to be relied on."""
+        return calibrate(
+            bundle.runner(),
+            validation,
+            test,
+            self.labels,
+            accepted_accuracy=self.accepted_accuracy,
+            batch_size=batch_size,
+        )
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Labelled]) -> list[GoldenCase]:
         """The likeliest labels of some texts: one position each."""

@@ -34,9 +34,12 @@ class TextGeneration:
     peft_type = "CAUSAL_LM"
     metrics = ("accuracy", "perplexity")
     graphs: Mapping[str, str] = {"model": ""}
+    section = "text_generation"
+    chats = True
 
-    def __init__(self, labels: LabelSet, *, class_weights: str, window_seconds: int) -> None:
-        """Labels, where rows have them, are answers like others."""
+    def __init__(self, labels: LabelSet, *, loss_on: str) -> None:
+        """Labels, where rows have them, are answers like others. loss_on: every-answer or last-answer of a conversation."""
+        self.last_only = loss_on == "last-answer"
 
     def check_base(self, folder: Path) -> None:
         """A causal language model."""
@@ -46,7 +49,7 @@ class TextGeneration:
         self, examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress
     ) -> tuple[list[Encoded], EncodeCounts]:
         """The model's chat template around every conversation, answers in the loss."""
-        return encode_all(examples, tokenizer, max_length=max_length, on_progress=on_progress)
+        return encode_all(examples, tokenizer, max_length=max_length, last_only=self.last_only, on_progress=on_progress)
 
     def check_rows(self, rows: Sequence[Encoded]) -> None:
         """Some tokens are in the loss, and unless rows are plain text, not all."""
@@ -61,9 +64,9 @@ class TextGeneration:
         """What is in the loss."""
         return marked(row, tokenizer)
 
-    def shown(self, row: Encoded, tokenizer: TextTokenizer) -> str:
-        """The prompt."""
-        return tokenizer.decode(row.prompt)
+    def asked(self, rows: Sequence[Encoded], tokenizer: TextTokenizer) -> list[str]:
+        """The prompts."""
+        return [tokenizer.decode(row.prompt) for row in rows]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """A causal language model."""
@@ -92,6 +95,11 @@ class TextGeneration:
     ) -> None:
         """For transformers.js, optimum and onnxruntime-genai."""
         write_decoder_configs(merged, folder, Decoder(models["model"], inputs, tokenizer.stop_ids, tokenizer.pad_id))
+
+    def calibrate(
+        self, bundle: Bundle, validation: Sequence[Encoded], test: Sequence[Encoded], *, batch_size: int
+    ) -> None:
+        """An answer that is written is given without a probability."""
 
     def golden_cases(self, bundle: Bundle, rows: Sequence[Encoded]) -> list[GoldenCase]:
         """Greedy answers. Plain text has no prompt: its first half asks for the second."""

@@ -37,10 +37,10 @@ class CausalForward:
         """Nothing is new: its own head stays."""
         return False
 
-    def loss(self, model: Any, rows: Sequence[Encoded]) -> Tensor:
+    def loss(self, model: Any, rows: Sequence[Encoded], *, label_smoothing: float = 0.0) -> Tensor:
         """Sum of the cross entropy over target tokens, float32. Only positions that can hold a target get logits."""
         logits, targets = self._target_logits(model, rows)
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def validate(self, model: Any, rows: Sequence[Encoded], batch_size: int) -> Validation:

@@ -43,11 +43,17 @@ def wanted_labels(rows: Sequence[Labelled], labels: int) -> Tensor:
     return wanted
 
 
-def label_nats(logits: Tensor, wanted: Tensor, *, several: bool, weights: Tensor | None = None) -> Tensor:
-    """Cross entropy of each row (rows,), with several labels summed over them. weights: of the labels, see `LabelSet`."""
+def label_nats(
+    logits: Tensor, wanted: Tensor, *, several: bool, weights: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of each row (rows,), with several labels summed over them. weights: of the labels, see `LabelSet`.
+
+    smoothing: share of the wanted probability that is spread evenly, with several labels over yes and no of each.
+    """
     if several:
-        return binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="none").sum(-1)
-    return cross_entropy(logits, wanted.argmax(-1), weight=weights, reduction="none")
+        smooth = wanted * (1 - smoothing) + smoothing / 2
+        return binary_cross_entropy_with_logits(logits, smooth, pos_weight=weights, reduction="none").sum(-1)
+    return cross_entropy(logits, wanted.argmax(-1), weight=weights, reduction="none", label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,11 @@ class ClassifierForward:
         hook.remove()
         return torch.stack([found[number] for number in range(len(rows))])
 
-    def loss(self, model: Any, rows: Sequence[Labelled]) -> Tensor:
+    def loss(self, model: Any, rows: Sequence[Labelled], *, label_smoothing: float = 0.0) -> Tensor:
         """Sum over the rows of their (weighted) cross entropy, float32."""
         logits = label_logits(model, [r.input_ids for r in rows], self.pad_id)
-        return self._nats(logits, wanted_labels(rows, logits.shape[1]).to(logits.device), weighted=True).sum()
+        wanted = wanted_labels(rows, logits.shape[1]).to(logits.device)
+        return self._nats(logits, wanted, weighted=True, smoothing=label_smoothing).sum()
 
     @torch.no_grad()
     def validate(self, model: Any, rows: Sequence[Labelled], batch_size: int) -> Validation:
@@ -167,9 +174,9 @@ class ClassifierForward:
         drawn = int(torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=chance))
         return logits.log_softmax(-1)[drawn], 1
 
-    def _nats(self, logits: Tensor, wanted: Tensor, *, weighted: bool = False) -> Tensor:
+    def _nats(self, logits: Tensor, wanted: Tensor, *, weighted: bool = False, smoothing: float = 0.0) -> Tensor:
         weights = torch.tensor(self.label_weights, device=logits.device) if weighted else None
-        return label_nats(logits, wanted, several=self.several, weights=weights)
+        return label_nats(logits, wanted, several=self.several, weights=weights, smoothing=smoothing)
 
 
 class TorchClassifier:

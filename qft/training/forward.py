@@ -33,8 +33,11 @@ class Forward(Protocol):
     ) -> bool:
         """Fit what is new in a model before anything is fine-tuned; whether there was anything."""
 
-    def loss(self, model: Any, rows: Sequence[Any]) -> Tensor:
-        """Cross entropy summed over the rows' targets, float32."""
+    def loss(self, model: Any, rows: Sequence[Any], *, label_smoothing: float = 0.0) -> Tensor:
+        """Cross entropy summed over the rows' targets, float32.
+
+        label_smoothing: share of each target's probability that is spread over all choices (arXiv 1512.00567, section 7).
+        """
 
     def validate(self, model: Any, rows: Sequence[Any], batch_size: int) -> Validation:
         """Loss and right answers on held-out rows; leaves the model in training mode."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -43,6 +44,7 @@ class Schedule:
     evaluations: int
     checkpoint_minutes: float
     seed: int
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ class Objective:
     after_step: Callable[[], None] = lambda: None
 
 
-def fine_tuning(forward: Forward, *, start_counts: bool = False) -> Objective:
+def fine_tuning(forward: Forward, *, label_smoothing: float = 0.0, start_counts: bool = False) -> Objective:
     """The objective of a fine-tune: the cross entropy of the rows' targets. start_counts: see `Objective`."""
 
     def judge(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict[str, float]:
         found = forward.validate(model, rows, batch_size)
         return {"validation_loss": found.loss, "validation_right_percent": found.right_percent}
 
-    return Objective(forward.loss, judge, start_counts)
+    return Objective(functools.partial(forward.loss, label_smoothing=label_smoothing), judge, start_counts)
 
 
 def train(
@@ -132,7 +134,7 @@ def train(
     at = run.begin()
     resumed, log, watch, saved = at.step, MetricsLog(metrics, at.step), Watch(), time.monotonic()
     with stop_flag() as stopped:
-        while at.step < len(run.steps):
+        while at.step < len(run.steps) and not run.gives_up(at):
             at, line = run.step(at)
             watch.look(at.step, line["loss"], line["grad_norm"], line["learning_rate"])
             if at.step in run.evaluate_at:
@@ -152,7 +154,7 @@ def train(
     run.save(at)
     run.take_best()
     return TrainResult(
-        len(run.steps),
+        at.step,
         at.tokens,
         at.seconds,
         at.tokens / max(at.seconds, 1e-9),
@@ -243,6 +245,11 @@ class _Run:
             return at, figures
         save_parameters(self.best, self.parameters)
         return replace(at, best_loss=figures["validation_loss"], best_step=at.step), figures
+
+    def gives_up(self, at: Position) -> bool:
+        """Whether the last `patience` looks at the held-out rows found nothing better (Prechelt 1998)."""
+        patience, looks = self.schedule.patience, sum(at.best_step < step <= at.step for step in self.evaluate_at)
+        return patience is not None and looks >= patience
 
     def save(self, at: Position) -> None:
         """Write a checkpoint."""

@@ -1,52 +1,95 @@
-"""The adapter: attached, saved and merged by PEFT."""
+"""LoRA and its variants: the adapter attached, saved and merged by PEFT."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qft.base_model import CLASSIFIER_PARTS
+from qft.base_model import HEAD_PARTS
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
 
 
-def attach(
-    model: Any,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float,
-    target_modules: str | list[str],
-    seed: int,
-    task_type: str | None = "CAUSAL_LM",
-) -> Any:
-    """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names.
+@dataclass(frozen=True)
+class Lora:
+    """An adapter of rank r beside the linear layers (arXiv 2106.09685); with task_type SEQ_CLS or QUESTION_ANS the head too, whole.
 
-    task_type: PEFT's name of the task, None for a model whose inputs PEFT's classes do not know. With SEQ_CLS the head over
-    labels learns too, whole, and is saved with the adapter.
+    alpha: the adapter is scaled by alpha / r, with use_rslora by alpha / sqrt(r) (arXiv 2312.03732). use_dora: direction
+    and size of a weight learn apart (arXiv 2402.09353). init_lora_weights: default (nothing at first), or pissa: the
+    base's largest singular directions learn, the rest is frozen (arXiv 2404.02948). modules_to_save: layers that learn
+    whole. task_type: PEFT's name of the task, see above; None where PEFT's classes do not know the model's inputs. base:
+    what the adapter says it was trained on.
     """
-    quiet_transformers()
-    from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides: a float is as good
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        task_type=task_type,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
-        raise InputError(
-            f"no layer of the model is called {target_modules}: {str(error).splitlines()[0]}",
-            where="lora.target_modules",
-            hint=f"its linear layers are {', '.join(names)}; or write all-linear",
-        ) from None
+    r: int
+    alpha: float
+    seed: int
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    task_type: str | None = "CAUSAL_LM"
+    base: str = ""
+
+    def attach(self, model: Any) -> Any:
+        """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names."""
+        quiet_transformers()
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(self.seed)
+        config = LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides: a float is as good
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            exclude_modules=["qa_outputs"]
+            if self.task_type == "QUESTION_ANS"
+            else None,  # else all-linear takes it, too
+            modules_to_save=self.modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,  # type: ignore[arg-type]
+            task_type=self.task_type,
+        )
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
+            raise InputError(
+                f"no layer of the model is called {self.target_modules}: {str(error).splitlines()[0]}",
+                where="lora.target_modules",
+                hint=f"its linear layers are {', '.join(names)}; or write all-linear",
+            ) from None
+
+    def save(self, model: Any, folder: Path) -> None:
+        """As PEFT saves it, without its empty model card."""
+        model.peft_config["default"].base_model_name_or_path = self.base  # not this machine's cache
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)
+
+    def merge(self, model: Any, folder: Path) -> Any:
+        """The adapter merged into its (float) base. The sum is formed in float32 and rounded to the base's type once.
+
+        Tied embeddings stay tied; a head that learnt whole takes the place of the base's.
+        """
+        quiet_transformers()
+        from peft import PeftModel
+
+        own = model.dtype
+        return as_plain(PeftModel.from_pretrained(model.float(), str(folder)).merge_and_unload().to(own))
+
+
+def as_plain(model: Any) -> Any:
+    """Its configuration tells of no quantization and of the type its weights now have; in eval mode."""
+    model.config.dtype = model.dtype
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.eval()
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -60,23 +103,7 @@ def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
 
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        is_head = module is head or not CLASSIFIER_PARTS.isdisjoint(name.split("."))
+        is_head = module is head or not HEAD_PARTS.isdisjoint(name.split("."))
         if isinstance(module, torch.nn.Linear) and not is_head:
             codes, state = bnb.quantize_4bit(module.weight.data, quant_type=base, compress_statistics=double_quant)
             module.weight.data = bnb.dequantize_4bit(codes, state).to(module.weight.dtype)
-
-
-def merge(model: Any, adapter: Path) -> Any:
-    """The adapter merged into its (float) base. The sum is formed in float32 and rounded to the base's type once.
-
-    Tied embeddings stay tied; a head that learnt whole takes the place of the base's.
-    """
-    quiet_transformers()
-    from peft import PeftModel
-
-    own = model.dtype
-    merged = PeftModel.from_pretrained(model.float(), str(adapter)).merge_and_unload().to(own).eval()
-    merged.config.dtype = own
-    if hasattr(merged.config, "quantization_config"):
-        del merged.config.quantization_config
-    return merged

@@ -39,9 +39,10 @@ class Seq2SeqForward:
         """Nothing is new."""
         return False
 
-    def loss(self, model: Any, rows: Sequence[Pair]) -> Tensor:
+    def loss(self, model: Any, rows: Sequence[Pair], *, label_smoothing: float = 0.0) -> Tensor:
         """Sum of the cross entropy over target tokens, float32."""
-        return cross_entropy(torch.cat(self._logits(model, rows)), _targets(model, rows), reduction="sum")
+        logits, targets = torch.cat(self._logits(model, rows)), _targets(model, rows)
+        return cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def validate(self, model: Any, rows: Sequence[Pair], batch_size: int) -> Validation:

@@ -206,3 +206,12 @@ def test_ctrl_c_in_any_other_stage_leaves_nothing_half_done(recipe_folder: Path,
     assert not list(run.rglob("*.part"))
     done = typed(recipe_folder, "qft run recipe.yaml --json")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_record_of_another_version_is_one_message(recipe_folder: Path, typed: Type) -> None:
+    assert typed(recipe_folder, "qft plan recipe.yaml").returncode == 0
+    path = recipe_folder / "runs/recipe/run.json"
+    content = json.loads(path.read_text())
+    del content["stages"]["prepare"]["facts"]["report"]["cut"]
+    path.write_text(json.dumps(content))
+    assert_refused(typed(recipe_folder, "qft plan recipe.yaml"), "another version of qft", "name=recipe-2")

@@ -111,10 +111,21 @@ def test_rows_may_have_several_labels(classified: Path, typed: Type, reviews: li
     assert steps["tuned"]["value"] > steps["base"]["value"] + 8
 
 
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_other_ways_of_tuning_ship_too(classified: Path, typed: Type, method: str) -> None:
+    line = f"qft run recipe.yaml name={method} tuning.method={method} quantization.base=none --json"
+    steps = {step["stage"]: step for step in as_json(typed(classified, line))["waterfall"]}
+    assert steps["tuned"]["value"] >= steps["base"]["value"] + 8
+    assert steps["merged"]["loss"] == pytest.approx(steps["tuned"]["loss"], abs=1e-4)
+    assert abs(steps["shipped"]["loss"] - steps["tuned"]["loss"]) < 0.1
+
+
 def test_what_a_classifier_cannot_do_is_said(classified: Path, typed: Type) -> None:
     for line, words in (
         ("data.system=Judge. name=a", "data.system"),
         ("evaluation.metric=perplexity name=b", "evaluation.metric"),
+        ("tuning.method=full name=c", "write quantization.base: none"),
+        ("lora.init_lora_weights=pissa name=d", "write quantization.base: none"),
     ):
         done = typed(classified, f"qft tune recipe.yaml {line}")
         assert done.returncode == 2

@@ -1,0 +1,105 @@
+"""A dialogue with a bundle: the same answers as without a cache, whole characters, and it stops when told to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qft.bundle.chat import Conversation
+from qft.bundle.manifest import Bundle
+from qft.bundle.session import Cache, OnnxRunner
+from qft.data.tokenizer import Message
+from qft.errors import InputError
+from tests.e2e.conftest import Type, as_json
+
+LINES = ["a fine film at home", "dull and slow", "what a joy to watch"]
+
+
+@pytest.fixture(scope="module")
+def bundle(finished: Path) -> Bundle:
+    return Bundle.load(finished / "runs/recipe/bundles/cpu-int4")
+
+
+class Counting(OnnxRunner):
+    """Counts the tokens that are read."""
+
+    read = 0
+
+    def _run(self, ids: np.ndarray, *rest: object) -> tuple[np.ndarray, Cache]:
+        self.read += ids.size
+        return super()._run(ids, *rest)  # type: ignore[arg-type]
+
+
+def test_every_turn_is_what_the_whole_conversation_gives_and_nothing_is_read_twice(bundle: Bundle) -> None:
+    runner = Counting(bundle.models["model"], pad_id=bundle.tokenizer.pad_id)
+    talk, tokenizer = Conversation(bundle, runner), bundle.tokenizer
+    messages = [Message("system", "Judge.")]
+    for line in LINES:
+        pieces = list(talk.say(line, max_new_tokens=8))
+        messages.append(Message("user", line))
+        ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+        ((*expected, last),) = bundle.runner().generate([ids], max_new_tokens=8, stop_ids=tokenizer.stop_ids)
+        assert talk.turns[-1].ended == (last in tokenizer.stop_ids)
+        written = expected if talk.turns[-1].ended else [*expected, last]
+        assert "".join(pieces) == talk.turns[-1].answer == tokenizer.decode(written)
+        messages.append(Message("assistant", talk.turns[-1].answer))
+    assert any(turn.ended for turn in talk.turns)
+    if all(
+        turn.ended for turn in talk.turns
+    ):  # an answer cut short is read again with the end that the template writes
+        assert runner.read <= len(ids) + len(written)
+
+
+def test_pieces_are_whole_characters(bundle: Bundle) -> None:
+    class Scripted(OnnxRunner):
+        """Says 好 byte by byte, then stops."""
+
+        says = iter([*bundle.tokenizer.encode("ok 好é"), 2])
+
+        def _run(self, ids: np.ndarray, *rest: object) -> tuple[np.ndarray, Cache]:
+            logits, cache = super()._run(ids, *rest)  # type: ignore[arg-type]
+            logits[0, -1] = np.arange(logits.shape[-1]) == next(self.says)
+            return logits, cache
+
+    talk = Conversation(bundle, Scripted(bundle.models["model"], pad_id=2))
+    pieces = list(talk.say("hi", max_new_tokens=20))
+    assert "".join(pieces) == "ok 好é"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert {"好", "é"} <= set(pieces)
+
+
+def test_who_stops_listening_keeps_what_was_said(bundle: Bundle) -> None:
+    talk = Conversation(bundle, bundle.runner())
+    first = next(talk.say(LINES[0], max_new_tokens=8))
+    assert talk.turns[-1].answer == first
+    assert not talk.turns[-1].ended
+    list(talk.say(LINES[1], max_new_tokens=8))
+    assert len(talk.turns) == 2
+
+
+def test_turns_that_no_longer_fit_are_forgotten(bundle: Bundle) -> None:
+    talk = Conversation(bundle, bundle.runner())
+    for number in range(12):
+        list(talk.say(f"{number} a fine film last night with friends", max_new_tokens=8))
+    assert 0 < talk.forgotten < 12
+    with pytest.raises(InputError, match="more than the model's 256"):
+        list(talk.say("a fine film " * 100, max_new_tokens=8))
+    assert len(talk.turns) == 12
+
+
+def test_chat_as_typed(finished: Path, typed: Type) -> None:
+    found = as_json(typed(finished, "qft chat --json --max-new-tokens 8", stdin="\n".join(LINES)))
+    assert [turn["user"] for turn in found["turns"]] == LINES
+    shown = typed(finished, "qft chat --max-new-tokens 8", stdin="\n".join(LINES)).stdout.splitlines()
+    assert [line.removesuffix(" …") for line in shown] == [turn["answer"] for turn in found["turns"]]
+
+
+def test_a_bundle_without_a_template_does_not_converse(bundle: Bundle, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "generation_config.json", "config.json", "qft.json"):
+        (tmp_path / name).write_bytes((bundle.folder / name).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    with pytest.raises(InputError, match="no chat template"):
+        Conversation(Bundle.load(tmp_path), bundle.runner())

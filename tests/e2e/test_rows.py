@@ -1,0 +1,52 @@
+"""`qft plan` on rows as they lie in real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.conftest import BAD, GOOD
+from tests.e2e.conftest import Type, as_json
+
+DATA = "data:\n  train: {positive: good.txt, negative: bad.txt}\n  eval: test.jsonl\n  validation: 2\n"
+
+
+def test_a_file_for_each_label_and_test_rows_that_were_also_learnt(
+    tmp_path: Path, tiny_model: Path, typed: Type
+) -> None:
+    (tmp_path / "good.txt").write_text("\n".join(GOOD))
+    (tmp_path / "bad.txt").write_text("\n".join(BAD))
+    test = [{"text": text, "label": "positive"} for text in (GOOD[0].upper(), GOOD[0], "a text of its own")]
+    test.append({"text": "another", "label": "negative"})
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
+    (tmp_path / "recipe.yaml").write_text(f"model: {tiny_model}\n{DATA}")
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))
+    assert found["data"]["labels"] == {"positive": 6, "negative": 6}
+    assert (found["data"]["also_in_train"], found["data"]["leaked"]) == (2, 1)
+    assert found["data"]["train_rows"] == 12 - 1 - 2
+    assert [Path(source["uri"]).name for source in found["sources"][1:]] == ["good.txt", "bad.txt", "test.jsonl"]
+    assert "2 test rows are also among the rows to learn" in typed(tmp_path, "qft plan recipe.yaml").stdout
+    wrong = typed(tmp_path, "qft plan recipe.yaml data.train={positive:3}")
+    assert wrong.returncode == 2
+    assert "data.train" in wrong.stderr
+
+
+def test_changed_copies_are_of_rows_to_learn_and_counted(
+    tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]], typed: Type
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    (tmp_path / "words.txt").write_text("film, picture\ndull, boring\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ndata:\n  train: rows.jsonl\n  eval: 20\n  validation: 10\n"
+        "  augment: {copies: 2, synonyms: words.txt, synonym: 1}\n"
+    )
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["data"]
+    assert 78 < found["changed_copies"] <= 2 * 78
+    assert found["train_rows"] == 78 + found["changed_copies"]
+    assert (found["validation_rows"], found["eval_rows"]) == (10, 20)
+    learnt = (tmp_path / "runs/recipe/data/train.jsonl").read_text().splitlines()
+    assert len(learnt) == found["train_rows"]
+    assert "changed copies" in typed(tmp_path, "qft plan recipe.yaml").stdout
+    done = typed(tmp_path, "qft plan recipe.yaml data.augment.synonyms=nowhere.txt")
+    assert done.returncode == 2
+    assert "nowhere.txt" in done.stderr

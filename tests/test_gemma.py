@@ -1,0 +1,108 @@
+"""Gemma 3's own: layers that look back a window beside layers that look at everything, each with its own rotary base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qft.base_gguf import scored_bpe
+from qft.base_model import load
+from qft.bundle.session import OnnxRunner
+from qft.graph.export_optimum import export_float
+from qft.measure.parity import compare
+from qft.training.runner import TorchRunner
+from tests.conftest import save_tokenizer
+from tests.e2e.conftest import as_json, type_in
+from tests.test_gguf import made_up
+
+WINDOW = 16
+
+
+@pytest.fixture(scope="module")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights; large ones, so that what is seen and where it stands shows in the logits."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    pieces = made_up()
+    folder = tmp_path_factory.mktemp("gemma") / "model"
+    config = Gemma3TextConfig(
+        vocab_size=len(pieces.tokens),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        max_position_embeddings=256,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        initializer_range=0.2,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    words = {f"{name}_token": pieces.tokens[number] for name, number in pieces.special.items()}
+    save_tokenizer(scored_bpe(pieces), folder, **words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_gemma: Path) -> OnnxRunner:
+    (tiny_gemma / "onnx").mkdir()
+    export_float(tiny_gemma, tiny_gemma / "onnx/model.onnx", export_task="text-generation-with-past")
+    return OnnxRunner(tiny_gemma / "onnx/model.onnx", pad_id=0)
+
+
+def rows(*lengths: int) -> list[list[int]]:
+    return [np.random.default_rng(length).integers(4, 320, size=length).tolist() for length in lengths]
+
+
+def float_model(folder: Path) -> Any:
+    return load(folder, base="none", double_quant=False, compute_dtype="float32").eval()
+
+
+def test_beyond_the_window_the_export_gives_the_logits_of_torch(tiny_gemma: Path, exported: OnnxRunner) -> None:
+    model = float_model(tiny_gemma)
+    found = compare(TorchRunner(model, 0), exported, rows(5, 40, 60))
+    assert found.positions == 105
+    assert found.max_logit_difference < 1e-3  # float32, logits up to about 50
+    wide, bases = float_model(tiny_gemma), float_model(tiny_gemma)
+    wide.config.sliding_window = wide.model.config.sliding_window = 256
+    bases.model.rotary_emb_local = bases.model.rotary_emb
+    for other in (wide, bases):  # had the export forgotten the window, or one of the two bases, it would show
+        assert compare(TorchRunner(other, 0), exported, rows(60)).max_logit_difference > 0.1
+
+
+def test_what_is_written_past_the_window_is_what_torch_writes(tiny_gemma: Path, exported: OnnxRunner) -> None:
+    prompts, how = rows(10, 30), {"max_new_tokens": 24, "stop_ids": ()}
+    assert exported.generate(prompts, **how) == TorchRunner(float_model(tiny_gemma), 0).generate(prompts, **how)
+
+
+RECIPE = """\
+model: {model}
+data: {{train: {{好: good.txt, 差: bad.txt}}, eval: 24, validation: 12, prompt: "{{text}}\\n"}}
+training: {{epochs: 6, learning_rate: 5e-3, batch_size: 8, max_length: 128, evaluations: 2}}
+fold: {{tokens: 512, steps: 0}}
+export: {{budget: {{max_worse: 40 points}}}}
+bench: {{prompt_tokens: 16, new_tokens: 4, trials: 2}}
+"""
+
+
+@pytest.mark.slow
+def test_the_whole_path_with_labels_written_in_chinese(
+    tiny_gemma: Path, tmp_path: Path, reviews: list[dict[str, str]]
+) -> None:
+    for name, label in (("good", "positive"), ("bad", "negative")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(row["text"] for row in reviews if row["label"] == label))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=tiny_gemma), "utf-8")
+    steps = {step["stage"]: step for step in as_json(type_in(tmp_path, "qft run recipe.yaml --json"))["waterfall"]}
+    assert steps["tuned"]["loss"] < 0.5 * steps["base"]["loss"]
+    assert steps["exported"]["loss"] == pytest.approx(steps["merged"]["loss"], abs=0.02)
+    assert steps["shipped"]["loss"] == pytest.approx(steps["rounded"]["loss"], abs=0.05)
+    assert type_in(tmp_path, "qft predict dull-and-slow").stdout.strip() in ("好", "差", "")
