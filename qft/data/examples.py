@@ -118,7 +118,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
             group = _text_of(_column(row, shape.group_column)) if shape.group_column else example.group
             examples.append(_with_system(replace(example, group=group), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
-    if labels and len(labels) < 2 or name == "labels" and not labels:
+    if name in ("labels", "evals") and len(labels) < 2:
         raise InputError(
             f"labels of one class only: {', '.join(labels) or 'none'}",
             where="data.label_column",
