@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.data.audio import Clip, find_clip
+from qft.data.bins import Bins, NoBin, bin_of, read_bins
 from qft.data.passages import Passage, read_passage
 from qft.data.rows import Row
 from qft.data.tokenizer import Message
@@ -84,10 +85,6 @@ class Shape:
     audio: tuple[str, Path] | None = None
 
 
-class _NoBin(Exception):
-    """Not an error: this row is left out."""
-
-
 class _Empty(Exception):
     """Not an error: this row says nothing."""
 
@@ -98,7 +95,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         raise InputError("there are no rows", where="data.train")
     name = _guess(rows[0], shape) if shape.format == "auto" else shape.format
     make = _FORMATS[name]
-    bins = {label: _condition(label, text) for label, text in (shape.bins or {}).items()}
+    bins = read_bins(shape.bins)
     several = name == "labels" and _several(rows, shape)
     shape = replace(shape, label_separator=shape.label_separator or ",") if several else shape
     examples: list[Example] = []
@@ -106,7 +103,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
     for row in rows:
         try:
             example = make(row, shape, bins)
-        except _NoBin:
+        except NoBin:
             no_bin += 1
             continue
         except _Empty:
@@ -183,7 +180,7 @@ def _text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _messages(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _messages(row: Row, shape: Shape, bins: Bins) -> Example:
     turns = row.values.get("messages") or row.values.get("conversations") or []
     turns = json.loads(turns) if isinstance(turns, str) else turns
     messages: list[Message] = []
@@ -201,7 +198,7 @@ def _messages(row: Row, shape: Shape, bins: Mapping) -> Example:
     return Example(tuple(messages), None, None, row.where)
 
 
-def _prompt_completion(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _prompt_completion(row: Row, shape: Shape, bins: Bins) -> Example:
     pair = next(((a, b) for a, b in _PAIRS if a in row.values and b in row.values), _PAIRS[0])
     prompt = fill(shape.prompt, row) if shape.prompt else _text_of(_column(row, pair[0]))
     return Example(
@@ -209,7 +206,7 @@ def _prompt_completion(row: Row, shape: Shape, bins: Mapping) -> Example:
     )
 
 
-def _alpaca(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _alpaca(row: Row, shape: Shape, bins: Bins) -> Example:
     prompt = _text_of(_column(row, "instruction"))
     if extra := _text_of(row.values.get("input")):
         prompt = f"{prompt}\n\n{extra}"
@@ -218,7 +215,7 @@ def _alpaca(row: Row, shape: Shape, bins: Mapping) -> Example:
     )
 
 
-def _qa(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _qa(row: Row, shape: Shape, bins: Bins) -> Example:
     for name in ("question", "context"):
         _column(row, name)
     passage = read_passage(row.values, row.where)
@@ -230,23 +227,23 @@ def _qa(row: Row, shape: Shape, bins: Mapping) -> Example:
     return Example(turns, None, None, row.where, (passage.label,), folded, passage)
 
 
-def _text(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _text(row: Row, shape: Shape, bins: Bins) -> Example:
     return Example((), _text_of(_column(row, shape.text_column)), None, row.where)
 
 
-def _labels(row: Row, shape: Shape, bins: Mapping[str, Callable[[float], bool]]) -> Example:
+def _labels(row: Row, shape: Shape, bins: Bins) -> Example:
     value = _column(row, shape.label_column)
     if shape.label_separator:
         parts = value if isinstance(value, list) else _text_of(value).split(shape.label_separator)
         labels = tuple(dict.fromkeys(part for part in (_text_of(part).strip() for part in parts) if part))
     else:
-        labels = (_bin_of(value, bins, row) if bins else _text_of(value),)
+        labels = (bin_of(value, bins, row.where) if bins else _text_of(value),)
     label, text = ", ".join(labels), _text_of(_column(row, shape.text_column))
     prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
 
 
-def _speech(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
     """The path stands for the sound: rows with one path are one example, rows with the same words are not."""
     if shape.audio is None:
         raise InputError("data.format: speech is for task automatic-speech-recognition", where="data.format")
@@ -256,17 +253,17 @@ def _speech(row: Row, shape: Shape, bins: Mapping) -> Example:
     return Example(messages, None, None, row.where, clip=find_clip(folder, path, row.where))
 
 
-def _evals(row: Row, shape: Shape, bins: Mapping) -> Example:
+def _evals(row: Row, shape: Shape, bins: Bins) -> Example:
     """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
     ideal = _column(row, "ideal")
     value = ideal[0] if isinstance(ideal, list) and ideal else ideal
-    label = _bin_of(value, bins, row) if bins else _text_of(value)
+    label = bin_of(value, bins, row.where) if bins else _text_of(value)
     answer = {"role": "assistant", "content": label}
     asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
     return replace(asked, label=label, labels=(label,))
 
 
-_FORMATS: dict[str, Callable[[Row, Shape, Mapping], Example]] = {
+_FORMATS: dict[str, Callable[[Row, Shape, Bins], Example]] = {
     "messages": _messages,
     "prompt-completion": _prompt_completion,
     "alpaca": _alpaca,
@@ -287,42 +284,3 @@ def fill(template: str, row: Row) -> str:
         return _text_of(_column(row, match[1]))
 
     return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", place, template)
-
-
-def _bin_of(value: Any, bins: Mapping[str, Callable[[float], bool]], row: Row) -> str:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{value!r} is not a number, so data.bins cannot sort it", where=row.where) from None
-    found = [label for label, holds in bins.items() if holds(number)]
-    if len(found) > 1:
-        raise InputError(
-            f"{number} is in several bins: {', '.join(found)}", where="data.bins", hint="bins must not overlap"
-        )
-    if not found:
-        raise _NoBin
-    return found[0]
-
-
-_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "<=": lambda a, b: a <= b,
-    ">=": lambda a, b: a >= b,
-    "<": lambda a, b: a < b,
-    ">": lambda a, b: a > b,
-    "==": lambda a, b: a == b,
-}
-
-
-def _condition(label: str, text: str) -> Callable[[float], bool]:
-    if match := re.fullmatch(rf"\s*(<=|>=|==|<|>){_NUMBER}", text):
-        compare, bound = _COMPARE[match[1]], float(match[2])
-        return lambda value: compare(value, bound)
-    if match := re.fullmatch(rf"{_NUMBER}\.\.{_NUMBER}", text):
-        low, high = float(match[1]), float(match[2])
-        return lambda value: low <= value <= high
-    raise InputError(
-        f"cannot read the condition {text!r}",
-        where=f"data.bins.{label}",
-        hint="write '<= -1', '>= 1', '== 3' or '-0.5 .. 0.5'",
-    )
