@@ -233,7 +233,7 @@ def _compute_in_float32(linear: Any) -> None:
 
 
 def label_layer(model: Any, labels: int) -> Any:
-    """The linear layer whose outputs are the labels' logits."""
+    """The linear layer whose outputs are the labels' logits; where PEFT holds two copies of it, the one that learns."""
     import torch
 
     return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == labels][-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +17,13 @@ from sklearn.metrics import f1_score
 from qft.base_model import LabelHead, label_layer, load
 from qft.bundle.classifier import Labels
 from qft.data.labelled import Labelled, LabelSet, shortened
+from qft.errors import Interrupted
 from qft.measure.classification import best_temperature, calibration_error, measure_labels, per_label, reject_threshold
 from qft.measure.quality import Measuring, RowAnswer
+from qft.progress import silent
 from qft.training.classify import ClassifierForward, TorchClassifier, label_nats, wanted_labels
 from qft.training.head import Seen, fit_linear
+from qft.training.loop import Schedule, fine_tuning, train
 from qft.training.lora import Lora, round_base_to_4bit, trainable
 
 NAMES = ("complaint", "praise", "question")
@@ -147,6 +152,41 @@ def test_fitting_the_head_teaches_a_frozen_model(tiny_encoder: Path, several: bo
     assert after.loss < 0.8 * before.loss
     assert after.right_percent > before.right_percent
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_the_head_is_fitted_inside_the_adapter_and_not_again_when_a_run_goes_on(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows, fits = labelled(64), []
+    forward = ClassifierForward(PAD, (1.0, 1.0, 1.0), False)
+    schedule = Schedule(
+        epochs=1, learning_rate=1e-4, warmup_ratio=0.0, batch_size=8, gradient_accumulation_steps=1, weight_decay=0.0,
+        max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60, seed=0,
+    )  # fmt: skip
+
+    def interrupt(report: Any) -> None:
+        if report.what == "train" and report.done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def go(on_progress: Any = silent) -> Any:
+        model = Lora(3, 8, 0, task_type="SEQ_CLS").attach(loaded(tiny_encoder))  # as many outputs as there are labels
+
+        def start() -> bool:
+            assert forward.start(model, rows, rows, batch_size=8)
+            fits.append(forward.validate(model, rows, 8).loss)
+            return True
+
+        tuning = fine_tuning(forward, start=start)
+        train(
+            model, rows, rows, schedule, tuning, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p",
+            on_progress=on_progress,
+        )  # fmt: skip
+        return forward.validate(model, rows, 8)
+
+    with pytest.raises(Interrupted):
+        go(interrupt)
+    assert go().loss <= fits[0] < np.log(3) - 0.1
+    assert len(fits) == 1
 
 
 def test_a_part_of_many_rows_has_all_their_labels(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

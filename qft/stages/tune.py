@@ -65,17 +65,21 @@ def run(job: Job, fingerprint: str) -> Facts:
     base = job.load(folder, tokenizer, base=recipe.quantization.base, dtype="float32" if whole else None)
     forward = task.forward(tokenizer)
     rows, validation = job.rows("train"), job.rows("validation")
-    fitted = forward.start(base, rows, validation, batch_size=recipe.evaluation.batch_size, on_progress=job.on_progress)
     if recipe.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = method.attach(base)
+
+    def start() -> bool:
+        size = recipe.evaluation.batch_size
+        return forward.start(model, rows, validation, batch_size=size, on_progress=job.on_progress)
+
     add_noise(base, recipe.training.neftune_noise_alpha)
     result = train(
         model,
         rows,
         validation,
         _schedule(recipe),
-        fine_tuning(forward, label_smoothing=recipe.training.label_smoothing, start_counts=fitted),
+        fine_tuning(forward, label_smoothing=recipe.training.label_smoothing, start=start),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,

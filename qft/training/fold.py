@@ -149,7 +149,7 @@ def learn(
         lesson.rows,
         lesson.held_out,
         schedule,
-        Objective(loss_of, judge, start_counts=True, after_step=round_again),
+        Objective(loss_of, judge, start=lambda: True, after_step=round_again),
         folder=folder,
         metrics=folder / "metrics.jsonl",
         plan=mark,

@@ -31,7 +31,7 @@ class Forward(Protocol):
     def start(
         self, model: Any, rows: Sequence[Any], validation: Sequence[Any], *, batch_size: int, on_progress: OnProgress
     ) -> bool:
-        """Fit what is new in a model before anything is fine-tuned; whether there was anything."""
+        """Fit what is new in a model, adapter and all, before the first step; whether there was anything."""
 
     def loss(self, model: Any, rows: Sequence[Any], *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy summed over the rows' targets, float32.

@@ -92,24 +92,27 @@ def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
 class Objective:
     """What is learnt and how it is judged.
 
-    loss_of: a sum that is divided by the step's targets. start_counts: the values before the first step may be the best
-    ones, too. after_step: called whenever parameters have changed, so that what a model derives from them is made anew.
+    loss_of: a sum that is divided by the step's targets. start: called before the first step, not when a run goes on; whether
+    the values there may be the best ones, too. after_step: called whenever parameters have changed, so that what a model
+    derives from them is made anew.
     """
 
     loss_of: LossOf
     judge: Judge
-    start_counts: bool = False
+    start: Callable[[], bool] = lambda: False
     after_step: Callable[[], None] = lambda: None
 
 
-def fine_tuning(forward: Forward, *, label_smoothing: float = 0.0, start_counts: bool = False) -> Objective:
-    """The objective of a fine-tune: the cross entropy of the rows' targets. start_counts: see `Objective`."""
+def fine_tuning(
+    forward: Forward, *, label_smoothing: float = 0.0, start: Callable[[], bool] = lambda: False
+) -> Objective:
+    """The objective of a fine-tune: the cross entropy of the rows' targets. start: see `Objective`."""
 
     def judge(model: Any, rows: Sequence[EncodedRow], batch_size: int) -> dict[str, float]:
         found = forward.validate(model, rows, batch_size)
         return {"validation_loss": found.loss, "validation_right_percent": found.right_percent}
 
-    return Objective(functools.partial(forward.loss, label_smoothing=label_smoothing), judge, start_counts)
+    return Objective(functools.partial(forward.loss, label_smoothing=label_smoothing), judge, start)
 
 
 def train(
@@ -204,10 +207,10 @@ class _Run:
         """Where the last checkpoint of this plan stood, or the start."""
         torch.manual_seed(self.schedule.seed)
         at = load_checkpoint(self.last, self.parameters, self.optimizer, self.plan)
+        counts = at is None and self.objective.start()
         self.objective.after_step()
-        if at is None:
-            at = Position(0, 0, 0.0, math.inf, 0)
-            at = self.judged(at)[0] if self.objective.start_counts else at
+        at = at or Position(0, 0, 0.0, math.inf, 0)
+        at = self.judged(at)[0] if counts else at
         self.model.train()
         return at
 
