@@ -54,8 +54,8 @@ def quantize_graph(
     model = ir.load(source)
     graph = model.graph
     embedding = _embedding(graph)
-    weights = [node for node in graph if node.op_type == "MatMul" and _is_matrix(_constant(node.inputs[1]))]
     head = _tied_head(graph, embedding)
+    weights = [n for n in graph if n.op_type == "MatMul" and n is not head and _is_matrix(_constant(n.inputs[1]))]
     missing = folded.keys() - {_layer_name(node) for node in weights}
     if missing:
         raise StageError(f"the graph has no layer {min(missing)}, which was trained on the grid")
@@ -99,7 +99,15 @@ def _tied_head(graph: ir.Graph, embedding: ir.Node | None) -> ir.Node | None:
         maker = node.inputs[1].producer() if node.inputs[1] is not None else None
         if maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table:
             return node
+        if _is_transposed(_constant(node.inputs[1]), _constant(table)):  # written twice, as for Gemma
+            return node
     return None
+
+
+def _is_transposed(weight: np.ndarray | None, table: np.ndarray | None) -> bool:
+    if weight is None or table is None or weight.shape != table.shape[::-1]:
+        return False
+    return np.array_equal(weight.T, table)
 
 
 def _is_head(graph: ir.Graph, node: ir.Node) -> bool:
