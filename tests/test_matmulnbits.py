@@ -141,3 +141,20 @@ def test_two_branches_share_what_is_stored(tied: tuple[Path, torch.Tensor, torch
     for cached in (True, False):
         (found,) = session.run(None, {"ids": ids, "use_cache": np.array([cached])})
         np.testing.assert_array_equal(found, run(tmp_path / "plain.onnx", ids))
+
+
+def test_a_tied_head_that_the_exporter_wrote_a_second_time_is_stored_once(
+    tied: tuple[Path, torch.Tensor, torch.Tensor],
+) -> None:
+    source, embed, _ = tied
+    model = onnx.load(source)
+    (transpose,) = (node for node in model.graph.node if node.op_type == "Transpose")
+    model.graph.node.remove(transpose)
+    twice = onnx.numpy_helper.from_array(np.ascontiguousarray(embed.numpy().T), "t")
+    model.graph.initializer.append(twice)
+    onnx.save(model, source)
+    quantize_graph(source, source.parent / "q.onnx", PLAN, {})
+    stored = ir.load(source.parent / "q.onnx").graph.initializers
+    assert [
+        name for name, value in stored.items() if value.shape is not None and value.shape[0] == 96 and "_q" in name
+    ] == ["embed_q"]

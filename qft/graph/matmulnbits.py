@@ -54,13 +54,19 @@ def quantize_graph(
     model = ir.load(source)
     graph = model.graph
     table = _embedding(graph)
-    weights = [node for node in graph.all_nodes() if node.op_type == "MatMul" and _is_matrix(_constant(node.inputs[1]))]
+    gathers, heads = ([], []) if table is None else _readers(graph, table)
+    tied = {id(node) for node in heads}
+    weights = [
+        n
+        for n in graph.all_nodes()
+        if n.op_type == "MatMul" and id(n) not in tied and _is_matrix(_constant(n.inputs[1]))
+    ]
     missing = folded.keys() - {_layer_name(node) for node in weights}
     if missing:
         raise StageError(f"the graph has no layer {min(missing)}, which was trained on the grid")
     done: list[QuantizedTensor] = []
     if table is not None:
-        done.append(_quantize_embedding(graph, table, plan))
+        done.append(_quantize_embedding(graph, table, gathers, heads, plan))
     kept: dict[ir.Value, tuple[list[ir.Value], Quantized]] = {}
     for number, node in enumerate(weights):
         on_progress(Progress("quantize", number, len(weights), "matrices"))
@@ -102,17 +108,25 @@ def _readers(graph: ir.Graph, table: ir.Value) -> tuple[list[ir.Node], list[ir.N
             gathers.append(node)
         elif node.op_type == "MatMul":
             maker = node.inputs[1].producer() if node.inputs[1] is not None else None
-            if maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table:
+            transposed = maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table
+            if transposed or _is_transposed(_constant(node.inputs[1]), _constant(table)):  # written twice, as for Gemma
                 heads.append(node)
     return gathers, heads
+
+
+def _is_transposed(weight: np.ndarray | None, table: np.ndarray | None) -> bool:
+    if weight is None or table is None or weight.shape != table.shape[::-1]:
+        return False
+    return np.array_equal(weight.T, table)
 
 
 def _is_head(node: ir.Node) -> bool:
     return node.outputs[0].is_graph_output()
 
 
-def _quantize_embedding(graph: ir.Graph, table: ir.Value, plan: GraphPlan) -> QuantizedTensor:
-    gathers, heads = _readers(graph, table)
+def _quantize_embedding(
+    graph: ir.Graph, table: ir.Value, gathers: list[ir.Node], heads: list[ir.Node], plan: GraphPlan
+) -> QuantizedTensor:
     values = _constant(table)
     assert table.name is not None
     assert values is not None
