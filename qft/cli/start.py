@@ -10,6 +10,7 @@ import click
 from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
 from qft.console import Screen, print_json, print_line, print_marked, print_table
+from qft.data.inspect import DataReport
 from qft.measure.speed import mb
 
 _SHOWN_ROWS = 3
@@ -58,10 +59,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
                 f"duplicates, {report.conflicts:,} with an answer that contradicts another row",
             ),
-            (
-                "on both sides",
-                f"{report.also_in_train:,} test rows are also among the rows to learn, where {report.leaked:,} were left out",
-            ),
+            *_leaks(report),
             ("labels", _labels_text(report.labels)),
             (
                 "used",
@@ -85,6 +83,13 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _leaks(report: DataReport) -> list[tuple[str, str]]:
+    if not report.also_in_train and not report.leaked:
+        return []
+    text = f"{report.also_in_train:,} test rows are also among the rows to learn, where {report.leaked:,} were left out"
+    return [("on both sides", text)]
 
 
 def _copies_text(copies: int) -> str:
