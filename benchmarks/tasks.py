@@ -64,11 +64,10 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """A recipe's line of the table."""
     summary, steps = found["summary"], {step["stage"]: step for step in found["summary"]["waterfall"]}
     metric = steps["shipped"]["metric"]
-    labels = summary["labels"]
     return {
         "recipe": name,
         "metric": metric,
-        "baseline": labels["majority_percent"] if labels else None,
+        "baseline": summary["majority_percent"],
         "before": steps["base"]["value"],
         "tuned": steps["tuned"]["value"],
         "exported": steps["exported"]["value"],

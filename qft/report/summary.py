@@ -97,7 +97,6 @@ class Examples:
 class LabelResults:
     """What a classifier made of its labels, on the test rows. confused: (expected, answered, rows), most frequent first."""
 
-    majority_percent: float
     scores: list[LabelScore]
     confused: list[tuple[str, str, int]]
     calibration: Calibration | None
@@ -105,7 +104,10 @@ class LabelResults:
 
 @dataclass(frozen=True)
 class Summary:
-    """Parts are None or empty where their stage has not run."""
+    """Parts are None or empty where their stage has not run.
+
+    majority_percent: test rows that the commonest training label is right for; None where rows have no labels.
+    """
 
     name: str
     recipe_text: str
@@ -117,6 +119,7 @@ class Summary:
     stage_memory_bytes: Mapping[str, int]
     sources: list[dict[str, Any]]
     data: DataReport | None
+    majority_percent: float | None
     training: Training | None
     merge_way: str | None
     merge_losses: Mapping[str, float]
@@ -187,6 +190,7 @@ class Summary:
             },
             "float_parity": asdict(self.float_parity) if self.float_parity else None,
             "data": asdict(self.data) if self.data else None,
+            "majority_percent": self.majority_percent,
             "labels": asdict(self.labels) if self.labels else None,
             "problems": self.problems,
             "machine": asdict(self.machine) if self.machine else None,

@@ -78,6 +78,7 @@ def summarize(job: Job) -> Summary:
         stage_memory_bytes={name: r.peak_memory_bytes for name, r in stages.items() if r and name != "report"},
         sources=[vars(s) for s in [prepared.model, *prepared.data]] if prepared else [],
         data=prepared.report if prepared else None,
+        majority_percent=prepared.majority_percent if prepared else None,
         training=_training(job, tuned) if tuned else None,
         merge_way=merged.way if merged else None,
         merge_losses=merged.validation_losses if merged else {},
@@ -157,7 +158,6 @@ def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | No
     labels = Labels(prepared.labels.names, prepared.labels.several)
     mistaken = Counter((a.expected, a.answer) for a in answers if not a.right)
     return LabelResults(
-        prepared.majority_percent or 0.0,
         per_label(answers, labels),
         [] if labels.several else [(expected, said, rows) for (expected, said), rows in mistaken.most_common()],
         shipped.targets[target].calibration,
