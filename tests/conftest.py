@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qft.data.encode import Encoded
 from qft.libraries import quiet
 
 quiet()
@@ -196,6 +197,23 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder
+
+
+def short_schedule(**changes: Any) -> Any:
+    """A short run in batches of four rows; changes: other keys of a `Schedule`."""
+    from qft.training.loop import Schedule
+
+    keys: dict[str, Any] = {
+        "epochs": 1, "learning_rate": 1e-3, "warmup_ratio": 0.1, "batch_size": 4, "gradient_accumulation_steps": 1,
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "evaluations": 2, "checkpoint_minutes": 60, "seed": 0,
+    }  # fmt: skip
+    return Schedule(**keys | changes)
+
+
+def answered_rows() -> list[Encoded]:
+    """Eight rows of twenty tokens, of which the last eight are targets."""
+    flags = (False,) * 12 + (True,) * 8
+    return [Encoded(tuple(range(3 + n, 23 + n)), flags, 12, None, f"row {n}") for n in range(8)]
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ from qft.measure.quality import Measuring, RowAnswer
 from qft.progress import silent
 from qft.training.classify import ClassifierForward, TorchClassifier, label_nats, wanted_labels
 from qft.training.head import Seen, fit_linear
-from qft.training.loop import Schedule, fine_tuning, train
+from qft.training.loop import fine_tuning, train
 from qft.training.lora import Lora, round_base_to_4bit, trainable
+from tests.conftest import short_schedule
 
 NAMES = ("complaint", "praise", "question")
 PAD = 0
@@ -159,10 +160,7 @@ def test_the_head_is_fitted_inside_the_adapter_and_not_again_when_a_run_goes_on(
 ) -> None:
     rows, fits = labelled(64), []
     forward = ClassifierForward(PAD, (1.0, 1.0, 1.0), False)
-    schedule = Schedule(
-        epochs=1, learning_rate=1e-4, warmup_ratio=0.0, batch_size=8, gradient_accumulation_steps=1, weight_decay=0.0,
-        max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60, seed=0,
-    )  # fmt: skip
+    keys = short_schedule(learning_rate=1e-4, warmup_ratio=0.0, batch_size=8, evaluations=1)
 
     def interrupt(report: Any) -> None:
         if report.what == "train" and report.done == 3:
@@ -178,7 +176,7 @@ def test_the_head_is_fitted_inside_the_adapter_and_not_again_when_a_run_goes_on(
 
         tuning = fine_tuning(forward, start=start)
         train(
-            model, rows, rows, schedule, tuning, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p",
+            model, rows, rows, keys, tuning, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p",
             on_progress=on_progress,
         )  # fmt: skip
         return forward.validate(model, rows, 8)

@@ -11,23 +11,20 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from qft.base_model import LabelHead, load
-from qft.data.encode import Encoded
 from qft.data.labelled import Labelled
 from qft.errors import InputError
 from qft.training.causal import CausalForward
 from qft.training.classify import ClassifierForward
-from qft.training.loop import Schedule, fine_tuning, train
+from qft.training.loop import fine_tuning, train
 from qft.training.lora import Lora, round_base_to_4bit, trainable
 from qft.training.methods import Method, Weights
+from tests.conftest import answered_rows, short_schedule
 
 IDS = torch.arange(3, 33)[None]
 LORA = Lora(r=4, alpha=8, seed=0)
 FORWARD = CausalForward(2)
-ROWS = [Encoded(tuple(range(3 + n, 23 + n)), (False,) * 12 + (True,) * 8, 12, None, f"row {n}") for n in range(8)]
-SCHEDULE = Schedule(
-    epochs=2, learning_rate=1e-3, warmup_ratio=0.1, batch_size=4, gradient_accumulation_steps=1, weight_decay=0.0,
-    max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60, seed=0,
-)  # fmt: skip
+ROWS = answered_rows()
+SCHEDULE = short_schedule(epochs=2, evaluations=1)
 
 
 def base_model(folder: Path, *, base: str = "none", dtype: str = "float32") -> Any:

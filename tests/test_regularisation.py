@@ -10,19 +10,16 @@ import pytest
 import torch
 
 from qft.base_model import load
-from qft.data.encode import Encoded
 from qft.training.causal import CausalForward
 from qft.training.classify import label_nats
 from qft.training.loop import Objective, Schedule, fine_tuning, train
 from qft.training.lora import Lora, trainable
 from qft.training.noise import add_noise
+from tests.conftest import answered_rows, short_schedule
 
 FORWARD = CausalForward(2)
-ROWS = [Encoded(tuple(range(3 + n, 23 + n)), (False,) * 12 + (True,) * 8, 12, None, f"row {n}") for n in range(8)]
-SCHEDULE = Schedule(
-    epochs=0.5, learning_rate=1e-3, warmup_ratio=0.0, batch_size=4, gradient_accumulation_steps=1, weight_decay=0.0,
-    max_grad_norm=1e9, evaluations=0, checkpoint_minutes=60, seed=0,
-)  # fmt: skip
+ROWS = answered_rows()
+SCHEDULE = short_schedule(epochs=0.5, warmup_ratio=0.0, max_grad_norm=1e9, evaluations=0)
 
 
 def tiny(folder: Path) -> Any:

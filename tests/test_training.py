@@ -20,16 +20,14 @@ from qft.base_model import load
 from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
 from qft.training.causal import CausalForward
-from qft.training.loop import Schedule, fine_tuning, learning_rate_at, plan_batches, train
+from qft.training.loop import fine_tuning, learning_rate_at, plan_batches, train
 from qft.training.lora import Lora, trainable
+from tests.conftest import short_schedule
 
 PAD = 2
 FORWARD = CausalForward(PAD)
 TUNING = fine_tuning(FORWARD)
-SCHEDULE = Schedule(
-    epochs=1, learning_rate=1e-3, warmup_ratio=0.1, batch_size=4, gradient_accumulation_steps=1, weight_decay=0.0,
-    max_grad_norm=1.0, evaluations=2, checkpoint_minutes=60, seed=0,
-)  # fmt: skip
+SCHEDULE = short_schedule()
 LORA = Lora(r=4, alpha=8, seed=0)
 
 
@@ -125,7 +123,7 @@ def test_held_out_figures_are_those_of_a_plain_forward_pass(tiny_model: Path) ->
 def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> None:
     losses = []
     for micro, times in ((4, 1), (1, 4)):
-        schedule = Schedule(**{**vars(SCHEDULE), "batch_size": micro, "gradient_accumulation_steps": times})
+        schedule = short_schedule(batch_size=micro, gradient_accumulation_steps=times)
         folder = tmp_path / f"{micro}"
         model = tuned(tiny_model, base="none")
         train(model, rows(24), rows(6, seed=9), schedule, TUNING, folder=folder, metrics=folder / "m.jsonl", plan="p")
@@ -160,7 +158,7 @@ def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(tiny_model
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    schedule = Schedule(**{**vars(SCHEDULE), "checkpoint_minutes": 1e-9})
+    schedule = short_schedule(checkpoint_minutes=1e-9)
 
     class Killed(BaseException):
         pass
@@ -195,7 +193,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path
 def test_a_loss_that_explodes_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
     easy = [Encoded((*row.input_ids[:-1], 5), (*[False] * (len(row.in_loss) - 1), True), len(row.in_loss) - 1, None, "r")
             for row in rows(16)]  # fmt: skip
-    schedule = Schedule(**{**vars(SCHEDULE), "learning_rate": 300.0, "warmup_ratio": 0.9, "epochs": 100})
+    schedule = short_schedule(learning_rate=300.0, warmup_ratio=0.9, epochs=100)
     with pytest.raises(StageError, match="explodes") as caught:
         train(tuned(tiny_model, base="none"), easy, easy[:4], schedule, TUNING, folder=tmp_path,
               metrics=tmp_path / "m.jsonl", plan="p")  # fmt: skip
