@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from qft.bundle.manifest import Bundle
 from qft.data.encode import encode, encode_all
-from qft.data.examples import Example, Shape, to_examples
+from qft.data.examples import Example, Shape, around_place, fill, to_examples
 from qft.data.rows import Row, read_labelled_rows, read_rows
 from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import Message, TextTokenizer
@@ -172,6 +173,20 @@ def test_rows_that_do_not_fit_are_refused(values: list[dict[str, Any]], changes:
 
 def example(prompt: str, answer: str = "x") -> Example:
     return Example((Message("user", prompt), Message("assistant", answer)), None, answer, prompt)
+
+
+@pytest.mark.parametrize("template", ["Is {{this}} good? {text}\nAnswer:", "{text}", "{{{text}}}", "say {{{{ {text}"])
+def test_an_app_puts_a_text_into_the_prompt_as_training_did(template: str) -> None:
+    parts = around_place(template)
+    assert parts is not None
+    assert parts[1] == "text"
+    assert f"{parts[0]}a {{b}}{parts[2]}" == fill(template, Row({"text": "a {b}"}, "r"))
+    assert Bundle(Path(), {"prompt": template}).content("a {b}") == fill(template, Row({"text": "a {b}"}, "r"))
+
+
+@pytest.mark.parametrize("template", ["", "no place, {{text}}", "{a} and {b}"])
+def test_a_prompt_of_no_place_or_several_is_no_apps(template: str) -> None:
+    assert around_place(template) is None
 
 
 def test_equal_texts_are_never_on_both_sides() -> None:

@@ -15,6 +15,7 @@ from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, speech_prompt
 from qft.bundle.session import OnnxRunner
 from qft.data.audio import Clip, cut
+from qft.data.examples import around_place
 from qft.data.labelled import shortened
 from qft.data.passages import NO_ANSWER, Passage
 from qft.data.sequences import MOST_TOKENS, Given
@@ -27,6 +28,7 @@ NAME = "qft.json"
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
+    "automatic-speech-recognition": Seq2SeqRunner,
 }
 
 
@@ -112,7 +114,7 @@ class Bundle:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """What ends an answer that is written; a label or a place needs no end."""
-        return self.tokenizer.stop_ids if self._kind is OnnxRunner else ()
+        return self.tokenizer.stop_ids if self._kind in (OnnxRunner, Seq2SeqRunner) else ()
 
     @property
     def classifies(self) -> bool:
@@ -131,7 +133,7 @@ class Bundle:
     @property
     def transcribes(self) -> bool:
         """Whether it is given sound files."""
-        return self.manifest["task"] == "automatic-speech-recognition"
+        return self._kind is Seq2SeqRunner
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
         """A session on the model: an OnnxClassifier, an OnnxReader, a Seq2SeqRunner, or an OnnxRunner that writes."""
@@ -195,8 +197,8 @@ class Bundle:
 
     def content(self, text: str) -> str:
         """A user's text with the recipe's prompt around it."""
-        recipe_prompt, column = self.manifest.get("prompt"), self.manifest.get("prompt_column")
-        return recipe_prompt.replace("{" + column + "}", text) if recipe_prompt and column else text
+        parts = around_place(self.manifest.get("prompt") or "")
+        return f"{parts[0]}{text}{parts[2]}" if parts else text
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model is fed for a user's text: the recipe's prompt and the chat template around it."""

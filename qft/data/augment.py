@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qft.data.examples import Example
+from qft.data.examples import Example, around_place
 from qft.errors import InputError
 
 
@@ -69,9 +68,8 @@ def _changed(example: Example, changes: Changes, prompt: str | None, chance: ran
 
 def _own_words(content: str, prompt: str | None) -> tuple[str, str, str]:
     """What stands before a row's own words, these, and what stands after them."""
-    parts = re.split(r"(?<!\{)\{[^{}]+\}(?!\})", prompt or "")
-    if len(parts) == 2:
-        before, after = (part.replace("{{", "{").replace("}}", "}") for part in parts)
+    if parts := around_place(prompt or ""):
+        before, _, after = parts
         if content.startswith(before) and content.endswith(after):
             return before, content[len(before) : len(content) - len(after)], after
     return "", content, ""

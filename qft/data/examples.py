@@ -275,6 +275,9 @@ _FORMATS: dict[str, Callable[[Row, Shape, Bins], Example]] = {
 }
 
 
+_PLACES = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
 def fill(template: str, row: Row) -> str:
     """Put a row's columns into {column} places; {{ and }} are braces. No attribute or index is ever followed."""
 
@@ -283,4 +286,14 @@ def fill(template: str, row: Row) -> str:
             return match[0][0]
         return _text_of(_column(row, match[1]))
 
-    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", place, template)
+    return _PLACES.sub(place, template)
+
+
+def around_place(template: str) -> tuple[str, str, str] | None:
+    """What stands before a template's one {column}, its name, and what stands after it; None if there are several, or none."""
+    places = [match for match in _PLACES.finditer(template) if match[1]]
+    if len(places) != 1:
+        return None
+    nothing = Row({}, "")
+    before, after = template[: places[0].start()], template[places[0].end() :]
+    return fill(before, nothing), places[0][1], fill(after, nothing)

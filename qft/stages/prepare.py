@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from qft.base_model import local_checkpoint
 from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
-from qft.data.examples import Counts, Example, Shape, to_examples
+from qft.data.examples import Counts, Example, Shape, around_place, to_examples
 from qft.data.inspect import DataReport, length_percentiles
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_labelled_rows, read_rows
@@ -258,8 +257,8 @@ def _report(
 
 def _prompt_column(recipe: Recipe) -> str | None:
     """The one column of data.prompt that an app fills in; None if there is no prompt, or it has several places."""
-    places = re.findall(r"(?<!\{)\{([^{}]+)\}(?!\})", recipe.data.prompt or "")
-    return places[0] if len(places) == 1 else None
+    parts = around_place(recipe.data.prompt or "")
+    return parts and parts[1]
 
 
 def _fact(source: Source) -> SourceFact:
