@@ -49,7 +49,8 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
 
 def outputs(job: Job) -> list[Path]:
     """What must be there for the stage to count as done."""
-    return [job.run.adapter, job.run.metrics, job.run.tuned_said]
+    kept = next(job.run.adapter.glob("*.safetensors"), job.run.adapter / "adapter_model.safetensors")
+    return [kept, job.run.metrics, job.run.tuned_said]
 
 
 def run(job: Job, fingerprint: str) -> Facts:

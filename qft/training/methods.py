@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save
 
-from qft.base_model import compute_type
+from qft.base_model import HEAD_PARTS, compute_type
 from qft.errors import InputError
 from qft.files import write_bytes
 from qft.training.lora import as_plain
 
 _FILE = "learnt.safetensors"
-_HEADS = frozenset({"classifier", "score", "pre_classifier", "qa_outputs"})
+_HEADS = HEAD_PARTS - {"pooler"}  # that belongs to the base
 
 
 class Method(Protocol):
