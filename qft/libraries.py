@@ -1,9 +1,12 @@
-"""Keep the libraries' notices off the user's screen: what matters, qft says itself."""
+"""Manners that the libraries lack: their notices stay off the user's screen, and memory they let go goes back to the system."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
+import sys
 import warnings
 
 
@@ -39,3 +42,16 @@ def quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps the pieces of what training and measuring allocate and free: after 580 steps on rows of many lengths MiniLM's
+    process held 6.4 GB of which 0.8 were in use, and so did every later stage. Where the C library is another, nothing is done.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from qft import __version__
 from qft.errors import Interrupted, QftError, StageError
 from qft.files import sha256_json
+from qft.libraries import return_memory
 from qft.measure.energy import energy_meter
 from qft.measure.machine import machine, peak_memory, versions
 from qft.runfolder import StageRecord
@@ -106,6 +107,7 @@ def _run_one(job: Job, name: str, fingerprint: str, on_stage: OnStage) -> None:
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     on_stage(StageEvent(name, "begin"))
     job.run.write_record(name, None)
+    return_memory()  # what the stage before left is not this one's
     try:
         with peak_memory() as peak, energy_meter() as meter:
             facts = stage.run(job, fingerprint) if name in _RESUMES else stage.run(job)

@@ -294,3 +294,47 @@ def test_rows_cut_before_their_answer_are_dropped_and_counted(tiny_model: Path) 
     assert (len(kept), counts.cut, counts.nothing_in_loss) == (1, 1, 1)
     with pytest.raises(InputError, match="no row keeps a token"):
         encode_all([example("a fine film " * 40)], tokenizer, max_length=10)
+
+
+CATALOGUE = """\
+msgid ""
+msgstr "Content-Type: text/plain; charset=UTF-8\\n"
+
+msgid "Edit"
+msgstr "Bearbeiten"
+
+#, fuzzy
+msgid "Delete"
+msgstr "Löschen?"
+
+msgid "Not yet"
+msgstr ""
+
+msgid ""
+"Two lines, "
+"one message"
+msgstr "Zwei Zeilen, eine Nachricht"
+
+msgid "%d page"
+msgid_plural "%d pages"
+msgstr[0] "%d Seite"
+msgstr[1] "%d Seiten"
+
+#~ msgid "Gone"
+#~ msgstr "Weg"
+"""
+
+
+def test_translated_messages_of_a_catalogue_are_rows(tmp_path: Path) -> None:
+    (tmp_path / "django.po").write_text(CATALOGUE, "utf-8")
+    rows = read_rows(tmp_path / "django.po", columns=None)
+    assert [(row.values["source"], row.values["target"]) for row in rows] == [
+        ("Edit", "Bearbeiten"),
+        ("Two lines, one message", "Zwei Zeilen, eine Nachricht"),
+        ("%d page", "%d Seite"),
+        ("%d pages", "%d Seiten"),
+    ]
+    assert rows[0].where == "django.po:4"
+    (tmp_path / "bad.po").write_text("nonsense without quotes\n", "utf-8")
+    with pytest.raises(InputError, match=r"not a gettext catalogue.*line 1"):
+        read_rows(tmp_path / "bad.po", columns=None)

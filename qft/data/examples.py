@@ -19,7 +19,13 @@ from qft.data.tokenizer import Message
 from qft.errors import InputError
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
-_PAIRS = (("prompt", "completion"), ("question", "answer"), ("input", "output"), ("prompt", "response"))
+_PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("input", "output"),
+    ("prompt", "response"),
+    ("source", "target"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files → rows: jsonl, json, csv, tsv, parquet, txt, .gz of these, folders of text files by label."""
+"""Files → rows: jsonl, json, csv, tsv, parquet, txt, po, .gz of these, folders of text files by label."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.data.catalogues import read_catalogue
 from qft.errors import InputError, Problem
 
 _SHOWN_PROBLEMS = 5
@@ -172,6 +173,14 @@ def _read_txt(path: Path, text: str, columns: list[str] | None) -> list[Row]:
     return rows
 
 
+def _read_po(path: Path, text: str, columns: list[str] | None) -> list[Row]:
+    """Columns `source` and `target`."""
+    try:
+        return [Row({"source": a, "target": b}, f"{path.name}:{line}") for a, b, line in read_catalogue(text)]
+    except (OSError, ValueError) as error:  # polib's own, for what is no catalogue
+        raise InputError(f"not a gettext catalogue: {error}", where=path.name) from None
+
+
 def _texts(path: Path, text: str, separator: str) -> list[Row]:
     """A text between separators, with the line it begins in."""
     rows, line = [], 1
@@ -212,6 +221,7 @@ _READERS: dict[str, Callable[[Path, str, list[str] | None], list[Row]]] = {
     "csv": _read_csv,
     "tsv": _read_tsv,
     "txt": _read_txt,
+    "po": _read_po,
 }
 
 

@@ -17,12 +17,16 @@ from torch import Tensor
 from qft.data.encode import EncodedRow
 from qft.errors import Interrupted
 from qft.files import sha256_json
+from qft.libraries import return_memory
 from qft.progress import OnProgress, Progress, silent
 from qft.training.checkpoint import Position, load_checkpoint, load_parameters, save_checkpoint, save_parameters
 from qft.training.forward import Forward
 from qft.training.lora import trainable
 from qft.training.watch import MetricsLog, Watch, stop_flag
 
+_TRIM_SECONDS = (
+    20  # between two times that freed memory is given back, which takes as long to get again as to fill it once
+)
 _WINDOW_BATCHES = 8  # rows of this many batches are sorted by length together: little padding, order still random
 
 LossOf = Callable[[Any, Sequence[EncodedRow]], Tensor]  # (model, rows) → summed loss
@@ -135,7 +139,8 @@ def train(
     """
     run = _Run(model, rows, validation, schedule, objective, folder, plan)
     at = run.begin()
-    resumed, log, watch, saved = at.step, MetricsLog(metrics, at.step), Watch(), time.monotonic()
+    resumed, log, watch = at.step, MetricsLog(metrics, at.step), Watch()
+    saved = trimmed = time.monotonic()
     with stop_flag() as stopped:
         while at.step < len(run.steps) and not run.gives_up(at):
             at, line = run.step(at)
@@ -146,6 +151,9 @@ def train(
             log.add(line)
             speed = f"loss {line['loss']:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
             on_progress(Progress("train", at.step, len(run.steps), "steps", speed))
+            if time.monotonic() - trimmed > _TRIM_SECONDS:
+                return_memory()
+                trimmed = time.monotonic()
             if stopped.is_set() or time.monotonic() - saved > 60 * schedule.checkpoint_minutes:
                 run.save(at)
                 saved = time.monotonic()
