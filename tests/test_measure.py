@@ -22,7 +22,8 @@ from qft.graph.export_optimum import export_float
 from qft.measure.agreement import Comparison, Record
 from qft.measure.machine import memory_bandwidth, peak_memory
 from qft.measure.parity import compare
-from qft.measure.quality import Measuring, batches, measure
+from qft.measure.quality import Measuring, batches
+from qft.measure.writing import measure
 from qft.training.runner import TorchRunner
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
+from qft.data.conversations import written_out
 from qft.data.examples import Example
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
@@ -57,6 +59,12 @@ class Encoded:
     def first_target(self) -> int:
         """Index of the first token in the loss."""
         return self.in_loss.index(True)
+
+    @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """(begin, end) of each answer in the loss with its end-of-turn token; of plain text, which has none, of all but the first."""
+        edges = [i for i, pair in enumerate(pairwise((False, *self.in_loss, False))) if pair[0] != pair[1]]
+        return tuple(zip(edges[::2], edges[1::2], strict=True))
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -204,8 +212,8 @@ def _chat_segments(example: Example, tokenizer: TextTokenizer) -> list[tuple[str
     for index, message in enumerate(example.messages):
         if message.role != "assistant":
             continue
-        before = tokenizer.render(example.messages[:index], add_generation_prompt=True)
-        after = tokenizer.render(example.messages[: index + 1], add_generation_prompt=False)
+        before = tokenizer.render(example.messages[:index], add_generation_prompt=True, tools=example.tools)
+        after = tokenizer.render(example.messages[: index + 1], add_generation_prompt=False, tools=example.tools)
         if not (before.startswith(written) and after.startswith(before)):
             raise InputError(
                 "the model's chat template rewrites earlier turns, so the loss cannot be put on the answers",
@@ -218,7 +226,7 @@ def _chat_segments(example: Example, tokenizer: TextTokenizer) -> list[tuple[str
 
 
 def _plain_segments(example: Example) -> list[tuple[str, bool]]:
-    return [(m.content, m.role == "assistant") for m in example.messages]
+    return [(m.content, m.role == "assistant") for m in written_out(example.messages, example.tools)]
 
 
 def _answer_targets(part: list[int], text: str, tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:

@@ -6,23 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from qft.data.conversations import Call, Message, Tool, written_out
 from qft.errors import InputError
 
 # Tokens that end a turn in the chat templates in use; one that a template writes right after an answer stops generation.
 _START_MARKS = ("start", "begin", "bos")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -95,6 +89,10 @@ class TextTokenizer:
         """Whether the model folder says how a conversation is written."""
         return self._template is not None
 
+    def as_json(self) -> str:
+        """What tokenizer.json holds."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it are read as such."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -129,8 +127,30 @@ class TextTokenizer:
         """A token's id; None if the vocabulary has none like it."""
         return self._tokenizer.token_to_id(text)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text of a conversation by the model's own template, sandboxed as transformers does it."""
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools, for calls and for what they give back."""
+        tool = {"type": "function", "function": {"name": "qfttool", "description": "", "parameters": {}}}
+        called = Message("assistant", "", (Call("qftcall", {}),))
+        turns = [Message("user", "x"), called, Message("tool", "qftresult"), Message("assistant", "x")]
+        try:
+            text = self._rendered(turns, [tool], add_generation_prompt=False)
+        except InputError:
+            return False
+        return all(name in text for name in ("qfttool", "qftcall", "qftresult"))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] = ()) -> str:
+        """The text of a conversation by the model's own template; tools it has no place for are `written_out`.
+
+        Raises InputError if there is no template, or it refuses this conversation.
+        """
+        special = tools or any(message.calls or message.role == "tool" for message in messages)
+        if special and not self.takes_tools:
+            messages, tools = written_out(messages, tools), ()
+        return self._rendered(messages, tools, add_generation_prompt=add_generation_prompt)
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:
+        """Sandboxed as transformers does it."""
         if self._template is None:
             raise InputError("the model has no chat template", hint="use data.format: prompt-completion or text")
         from jinja2 import TemplateError
@@ -140,11 +160,11 @@ class TextTokenizer:
                 _environment()
                 .from_string(self._template)
                 .render(
-                    messages=[{"role": m.role, "content": m.content} for m in messages],
+                    messages=[message.as_dict() for message in messages],
                     add_generation_prompt=add_generation_prompt,
                     bos_token=self._text("bos_token"),
                     eos_token=self._eos_text,
-                    tools=None,
+                    tools=list(tools) or None,
                 )
             )
         except TemplateError as error:
