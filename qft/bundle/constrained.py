@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,11 @@ from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError
 
 _LABELS_AT_ONCE = 16  # each needs a copy of what was read
-# What ends JSON soonest, first. A string that is begun must be ended before anything else is: '}' may stand in it.
-_ENDINGS = ('"', "}", "]", ",", ":", *"0123456789ntf")
+# What ends JSON soonest, first. A string that is begun must be ended before anything else is: '}' may stand in it. Of
+# digits 1: in every place of a date it is one that exists.
+_ENDINGS = ('"', "}", "]", ",", ":", *"1234567890ntf")
 _MOST_CLOSING = 1024  # tokens: keys and braces that a schema still asks for
+_WHERE = "--schema"
 # As json.dumps writes: free whitespace is what small models never stop writing, none at all is not what they were trained on.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -78,17 +79,19 @@ def _label_ids(name: str, tokenizer: TextTokenizer) -> list[int]:
 class Schema:
     """A JSON Schema as llguidance keeps a model to it."""
 
-    def __init__(self, schema: Any, tokenizer: TextTokenizer, *, where: str = "schema") -> None:
+    def __init__(self, schema: Any, tokenizer: TextTokenizer) -> None:
         """schema: as JSON values. Raises InputError if it is no schema, asks what cannot be kept to, or nothing fulfils it."""
         import llguidance
 
-        self._tokenizer, self._where = tokenizer, where
-        self._grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_SPACING)
+        if not isinstance(schema, dict):
+            raise InputError("a schema is a JSON object", where=_WHERE, hint='as {"type": "object", "properties": {…}}')
+        self._tokenizer = tokenizer
+        self._grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_SPACING)
         self._table = llguidance.LLTokenizer(tokenizer.as_json(), eos_token=list(tokenizer.stop_ids))
         if problem := self._matcher().get_error():
             raise InputError(
                 f"not a schema that answers can be kept to: {problem.splitlines()[0]}",
-                where=where,
+                where=_WHERE,
                 hint="see https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md for what can",
             )
 
@@ -117,7 +120,7 @@ class Schema:
             logits, cache = runner.step([token], cache)
         raise InputError(
             f"the answer does not end within {len(out)} tokens",
-            where=self._where,
+            where=_WHERE,
             hint="bound it with maxItems, maxLength",
         )
 
@@ -126,7 +129,7 @@ class Schema:
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:width].astype(bool)
         if matcher.is_error() or not bits.any():
             raise InputError(
-                f"the schema's grammar failed: {matcher.get_error() or 'nothing may follow'}", where=self._where
+                f"the schema's grammar failed: {matcher.get_error() or 'nothing may follow'}", where=_WHERE
             )
         return np.pad(bits, (0, width - len(bits)))
 
