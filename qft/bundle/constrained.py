@@ -76,6 +76,19 @@ def _label_ids(name: str, tokenizer: TextTokenizer) -> list[int]:
     return ids[:-1]
 
 
+class _Table:
+    """A tokenizer as llguidance asks for it. Its own reader of tokenizer.json takes byte-level pieces for UTF-8 where a
+    converted decoder names ByteFallback too, and then forbids every space."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.tokens, self.special_token_ids = tokenizer.token_bytes(), sorted(tokenizer.special_ids)
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
 class Schema:
     """A JSON Schema as llguidance keeps a model to it."""
 
@@ -87,7 +100,8 @@ class Schema:
             raise InputError("a schema is a JSON object", where=_WHERE, hint='as {"type": "object", "properties": {…}}')
         self._tokenizer = tokenizer
         self._grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_SPACING)
-        self._table = llguidance.LLTokenizer(tokenizer.as_json(), eos_token=list(tokenizer.stop_ids))
+        table = llguidance.TokenizerWrapper(_Table(tokenizer))
+        self._table = llguidance.LLTokenizer(table, eos_token=list(tokenizer.stop_ids))
         if problem := self._matcher().get_error():
             raise InputError(
                 f"not a schema that answers can be kept to: {problem.splitlines()[0]}",
@@ -129,7 +143,8 @@ class Schema:
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[:width].astype(bool)
         if matcher.is_error() or not bits.any():
             raise InputError(
-                f"the schema's grammar failed: {matcher.get_error() or 'nothing may follow'}", where=_WHERE
+                f"the schema's grammar failed: {(matcher.get_error() or 'nothing may follow').splitlines()[0]}",
+                where=_WHERE,
             )
         return np.pad(bits, (0, width - len(bits)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,7 @@ from qft.errors import InputError
 
 # Tokens that end a turn in the chat templates in use; one that a template writes right after an answer stops generation.
 _START_MARKS = ("start", "begin", "bos")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,23 @@ class TextTokenizer:
         """Whether the model folder says how a conversation is written."""
         return self._template is not None
 
-    def as_json(self) -> str:
-        """What tokenizer.json holds."""
-        return self._tokenizer.to_str()
+    def token_bytes(self) -> list[bytes]:
+        """What each token stands for, by its id: of byte-level pieces the bytes, of others UTF-8 with ▁ for a space, or <0x0A>."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        letters = _byte_letters() if level else {}
+
+        def content(number: int) -> bytes:
+            if number in added:
+                return added[number].content.encode()
+            piece = self.token(number)
+            if level:
+                return bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else piece.encode()
+            if found := _BYTE.fullmatch(piece):
+                return bytes([int(found[1], 16)])
+            return piece.replace("▁", " ").encode()
+
+        return [content(number) for number in range(self.vocab_size)]
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it are read as such."""
@@ -205,6 +221,13 @@ def _eos_ids(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> li
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers (GPT-2's) write bytes with: printable Latin-1 is itself, the others follow 255."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 def _environment() -> Any:

@@ -139,12 +139,13 @@ def _examples(job: Job, target: str) -> Examples:
     if not any(answer.asked for answer in shipped) or not (job.run.data / "eval.jsonl").exists():
         return Examples()
     asked = job.task.asked(job.rows("eval"), TextTokenizer.load(job.run.bundle(target)))
-    found = [one for one in zip(shipped, asked, before, tuned, strict=True) if one[0].asked]
+    old = [answer.answer for answer in before] or [""] * len(shipped)  # the stage baseline may be left out
+    found = [one for one in zip(shipped, asked, old, tuned, strict=True) if one[0].asked]
     # What all prompts share, the template and the instruction, is not worth reading twelve times.
     prompts = [prompt for _, prompt, _, _ in found]
     begin = len(os.path.commonprefix(prompts))
     end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
-    rows = [Asked(said, text[begin : len(text) - end], old.answer, new.answer) for said, text, old, new in found]
+    rows = [Asked(said, text[begin : len(text) - end], first, new.answer) for said, text, first, new in found]
     right, wrong = ([row for row in rows if row.shipped.right is flag] for flag in (True, False))
     return Examples(right[:_SHOWN_EXAMPLES], wrong[:_SHOWN_EXAMPLES])
 
