@@ -145,7 +145,9 @@ class TrainingKeys(_Section):
     batch_size: Count = Field(16, description="rows of one forward pass")
     gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
     max_length: Count = Field(
-        512, description="tokens; longer rows are cut, and counted; plain texts are cut into pieces"
+        512,
+        description="tokens; longer rows are cut, and counted: a conversation loses its oldest turns, then the middle of its "
+        "longest, before its answer; plain texts are cut into pieces",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     label_smoothing: Share = Field(

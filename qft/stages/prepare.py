@@ -252,6 +252,7 @@ def _report(
         length_95_percent=most,
         length_longest=longest,
         labels=counts.labels,
+        shortened=total("shortened"),
     )
 
 
