@@ -132,6 +132,25 @@ def test_a_label_is_as_likely_as_all_its_tokens_and_the_end(
     assert found.text == tokenizer.decode(greedy)  # it has learnt to answer with a label
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_tokens_bytes_are_the_texts(
+    converted: bool, tiny_model: Path, tmp_path: Path, runner: OnnxRunner, prompt: list[int]
+) -> None:
+    """converted: the decoder that transformers writes for a .gguf, as SmolLM2's, which llguidance itself takes for UTF-8."""
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    content = json.loads((tiny_model / "tokenizer.json").read_text("utf-8"))
+    if converted:
+        steps = [{"type": "ByteFallback"}, {"type": "Fuse"}, content["decoder"]]
+        content["decoder"] = {"type": "Sequence", "decoders": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer, text = TextTokenizer.load(tmp_path), 'a fine film\n\t "好" é 🙂'
+    table = tokenizer.token_bytes()
+    assert b"".join(table[token] for token in tokenizer.encode(text)) == text.encode()
+    ids = Schema(PERSON, tokenizer).write(runner, prompt, max_new_tokens=20)
+    jsonschema.validate(json.loads(tokenizer.decode(ids)), PERSON)
+
+
 def test_one_label_is_no_choice(tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match="nothing to choose from: a"):
         Labels(["a", "a"], tokenizer)
