@@ -1,4 +1,4 @@
-"""Ways of tuning on one job: QLoRA, LoRA, its variants, the head alone, every weight. Quality, time, memory, what learns.
+"""Ways of tuning on one job: QLoRA, LoRA, its variants, the head alone, every weight. Quality, time, memory, energy.
 
     python -m benchmarks.methods --json FILE                        # sarcasm, MiniLM: 20 minutes on 2 cores
     python -m benchmarks.methods --recipe quickstart --json FILE    # any other shipped recipe
@@ -52,6 +52,7 @@ def line(name: str, found: dict[str, Any]) -> dict[str, Any]:
         **kept,
         "tune_minutes": summary["stage_seconds"]["tune"] / 60,
         "tune_peak_memory_bytes": summary["stage_peak_memory_bytes"]["tune"],
+        "tune_joules": summary["stage_joules"]["tune"],
         "trainable_parameters": summary["trainable_parameters"],
     }
 
@@ -76,13 +77,14 @@ def main() -> None:
     table = [line(name, each) for name, each in found.items()]
     about = {"recipe": words.recipe, "quick": words.quick, "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, {**about, "result": {"ways": table}, "rows": found})
-    print("| way | before | tuned | shipped | gain (95 %) | minutes of tuning | memory | what learns |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| way | before | tuned | shipped | gain (95 %) | minutes of tuning | energy | memory | what learns |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for each in table:
         gained = "{value:+.1f} ({low:+.1f} … {high:+.1f})".format(**each["gain"])
         print(
             f"| {each['way']} | {each['before']:.1f} | {each['tuned']:.1f} | {each['shipped']:.1f} | {gained} | "
-            f"{each['tune_minutes']:.1f} | {each['tune_peak_memory_bytes'] / 1e9:.1f} GB | {each['trainable_parameters']:,} |"
+            f"{each['tune_minutes']:.1f} | {each['tune_joules'] / 3600:.2f} Wh | "
+            f"{each['tune_peak_memory_bytes'] / 1e9:.1f} GB | {each['trainable_parameters']:,} |"
         )
     print("RESULT " + json.dumps({"ways": table}))
 

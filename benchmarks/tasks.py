@@ -76,6 +76,7 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "gain": gain(metric, found["before"], found["shipped"]),
         "minutes": summary["seconds"] / 60,
         "peak_memory_bytes": summary["peak_memory_bytes"],
+        "joules": summary["energy"]["joules"],
         "bundle_bytes": summary["bundle_bytes"],
         "problems": summary["problems"],
     }

@@ -24,6 +24,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from qft.measure.energy import watt_hours
 from qft.measure.speed import AnySpeed, mb
 from qft.pipeline import StageEvent
 from qft.progress import Progress
@@ -151,7 +152,7 @@ def print_summary(summary: Summary) -> None:
     if summary.survived_percent is not None:
         out.print(f"{percent(summary.survived_percent)} of what tuning took off the loss has survived in what ships")
     peak = max(summary.stage_memory_bytes.values(), default=0)
-    out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}")
+    out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}, {watt_hours(summary.energy)}")
     if summary.headline_target in summary.sizes:
         out.print(f"bundle   {summary.run_folder}/bundles/{summary.headline_target}", soft_wrap=True)
     if (report := Path(summary.run_folder, "report.html")).exists():

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from qft import __version__
 from qft.errors import Interrupted, QftError, StageError
 from qft.files import sha256_json
+from qft.measure.energy import energy_meter
 from qft.measure.machine import machine, peak_memory, versions
 from qft.runfolder import StageRecord
 from qft.stages.job import Job
@@ -106,7 +107,7 @@ def _run_one(job: Job, name: str, fingerprint: str, on_stage: OnStage) -> None:
     on_stage(StageEvent(name, "begin"))
     job.run.write_record(name, None)
     try:
-        with peak_memory() as peak:
+        with peak_memory() as peak, energy_meter() as meter:
             facts = stage.run(job, fingerprint) if name in _RESUMES else stage.run(job)
     except QftError:
         raise
@@ -134,6 +135,7 @@ def _run_one(job: Job, name: str, fingerprint: str, on_stage: OnStage) -> None:
             peak.bytes,
             found,
             [str(p) for p in problems],
+            meter.energy,
         ),
     )
     # Only now: an interrupt before the record is written goes on from the checkpoint.

@@ -39,8 +39,9 @@ class DataKeys(_Section):
         description="file, folder, hub id or pypi:… source of rows; a list is read in order; {label: source, …} if all rows of a "
         "source have one label"
     )
-    eval: Fraction | Count | str = Field(
-        0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source"
+    eval: Fraction | Count | str | list[str] = Field(
+        0.1,
+        description="test rows, for the figures reported: a fraction or a number split off by hash, or a source or several",
     )
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from qft.errors import InputError, StageError
 from qft.files import exclusive, write_json, write_text
+from qft.measure.energy import Energy
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StageRecord:
     peak_memory_bytes: int
     facts: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    energy: Energy | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ class RunFolder:
     def record(self, stage: str) -> StageRecord | None:
         """What run.json says about a stage."""
         found = self.load()["stages"].get(stage)
-        return StageRecord(**found) if found else None
+        if not found:
+            return None
+        energy = found.get("energy")
+        return StageRecord(**{**found, "energy": Energy(**energy) if energy else None})
 
     def write_record(self, stage: str, record: StageRecord | None) -> None:
         """Put a stage into run.json, or (None) take it out: what is being made anew must not look done."""

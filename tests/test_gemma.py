@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from qft.base_gguf import scored_bpe
-from qft.base_model import load
+from qft.base_model import LabelHead, label_layer, load
+from qft.bundle.classifier import OnnxClassifier
 from qft.bundle.session import OnnxRunner
 from qft.graph.export_optimum import export_float
 from qft.measure.parity import compare
+from qft.training.classify import TorchClassifier
 from qft.training.runner import TorchRunner
 from tests.conftest import save_tokenizer
 from tests.e2e.conftest import as_json, type_in
@@ -82,6 +84,17 @@ def test_beyond_the_window_the_export_gives_the_logits_of_torch(tiny_gemma: Path
 def test_what_is_written_past_the_window_is_what_torch_writes(tiny_gemma: Path, exported: OnnxRunner) -> None:
     prompts, how = rows(10, 30), {"max_new_tokens": 24, "stop_ids": ()}
     assert exported.generate(prompts, **how) == TorchRunner(float_model(tiny_gemma), 0).generate(prompts, **how)
+
+
+def test_a_head_over_labels_is_exported_and_says_what_torch_says(tiny_gemma: Path, tmp_path: Path) -> None:
+    head = LabelHead(("好", "差", "一般"), (0.5, 0.3, 0.2), several=False, pad_id=0)
+    model = load(tiny_gemma, base="none", double_quant=False, compute_dtype="float32", head=head)
+    torch.nn.init.normal_(label_layer(model, 3).weight)
+    model.save_pretrained(tmp_path)
+    export_float(tmp_path, tmp_path, graphs=["model"], export_task="text-classification")
+    texts = rows(5, 40, 60)  # 60 is beyond the window
+    said = OnnxClassifier(tmp_path / "model.onnx", pad_id=0).logits(texts, 1)
+    np.testing.assert_allclose(said, TorchClassifier(model, 0).logits(texts, 1), rtol=1e-4, atol=1e-4)
 
 
 RECIPE = """\

@@ -27,6 +27,7 @@ def export_float(
     quiet_transformers()
     from optimum.exporters.onnx import main_export
 
+    _let_gemma_classify()
     # A speech encoder's window is fixed, two frames a position; other models do not look at this.
     positions = json.loads((folder / "config.json").read_text("utf-8")).get("max_source_positions", 0)
     on_progress(Progress("export through optimum", 0))
@@ -52,3 +53,10 @@ def export_float(
             ir.save(
                 ir.load(Path(scratch) / f"{graph}.onnx"), target / f"{graph}.onnx", external_data=f"{graph}.onnx_data"
             )
+
+
+def _let_gemma_classify() -> None:
+    """optimum-onnx 0.1.0 exports Gemma 3 for text generation only; a head over labels needs nothing that this does not."""
+    from optimum.exporters.onnx.model_configs import Gemma3TextOnnxConfig, register_tasks_manager_onnx
+
+    register_tasks_manager_onnx("gemma3_text", "text-classification")(Gemma3TextOnnxConfig)

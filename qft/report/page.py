@@ -6,6 +6,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
+from qft.measure.energy import WATTS_A_CORE, watt_hours
 from qft.measure.speed import Speed, mb
 from qft.report.charts import confusion_chart, curve_chart, speed_chart, waterfall_chart
 from qft.report.summary import Summary, percent
@@ -16,7 +17,7 @@ def render(summary: Summary) -> str:
     environment = Environment(
         autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mb": mb, "percent": percent, "number": _number}
+    environment.filters |= {"mb": mb, "percent": percent, "number": _number, "watt_hours": watt_hours}
     template = environment.from_string(files("qft.report").joinpath("page.html.j2").read_text("utf-8"))
     decoders = {name: speed for name, speed in summary.speeds.items() if isinstance(speed, Speed)}
     charts = {
@@ -25,7 +26,8 @@ def render(summary: Summary) -> str:
         "speed": speed_chart(decoders) if decoders else "",
         "confusion": confusion_chart(summary.labels) if summary.labels and summary.labels.confused else "",
     }
-    return template.render(s=summary, charts=charts, peak=max(summary.stage_memory_bytes.values(), default=0))
+    peak = max(summary.stage_memory_bytes.values(), default=0)
+    return template.render(s=summary, charts=charts, peak=peak, watts_a_core=WATTS_A_CORE)
 
 
 def _number(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from qft.data.inspect import DataReport
 from qft.measure.classification import Calibration, LabelScore
+from qft.measure.energy import Energy
 from qft.measure.machine import Machine
 from qft.measure.parity import Parity
 from qft.measure.quality import Quality, RowAnswer
@@ -130,6 +131,7 @@ class Summary:
     waterfall: list[WaterfallStep]
     stage_seconds: Mapping[str, float]
     stage_memory_bytes: Mapping[str, int]
+    stage_energy: Mapping[str, Energy]
     sources: list[dict[str, Any]]
     data: DataReport | None
     majority_percent: float | None
@@ -170,6 +172,14 @@ class Summary:
         """Of all stages together, as they last ran."""
         return sum(self.stage_seconds.values())
 
+    @property
+    def energy(self) -> Energy:
+        """Of all stages together."""
+        how = {each.how for each in self.stage_energy.values()}
+        return Energy(
+            sum(each.joules for each in self.stage_energy.values()), "counted" if how == {"counted"} else "estimated"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`; `bundle_bytes` and speeds are those of the first target."""
         speed, size = self.speeds.get(self.headline_target), self.sizes.get(self.headline_target)
@@ -183,6 +193,8 @@ class Summary:
             "stage_seconds": dict(self.stage_seconds),
             "peak_memory_bytes": max(self.stage_memory_bytes.values(), default=0),
             "stage_peak_memory_bytes": dict(self.stage_memory_bytes),
+            "energy": asdict(self.energy),
+            "stage_joules": {name: each.joules for name, each in self.stage_energy.items()},
             "bundle_bytes": size.bundle_bytes if size else None,
             "prefill_tokens_per_second": speed.prefill_tokens_per_second.median if isinstance(speed, Speed) else None,
             "decode_tokens_per_second": speed.decode_tokens_per_second.median if isinstance(speed, Speed) else None,

@@ -60,7 +60,8 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     files = [
         recipe.model,
         *(uri for uri, _ in _train_uris(recipe)),
-        *(uri for uri in (data.eval, data.audio_folder, data.augment.synonyms) if isinstance(uri, str)),
+        *_eval_uris(recipe),
+        *(uri for uri in (data.audio_folder, data.augment.synonyms) if uri),
     ]
     return {
         "task": recipe.task,
@@ -92,7 +93,8 @@ def run(job: Job) -> Facts:
     sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
-    parts, leaks, eval_source = _split(job, kept)
+    eval_sources = [_fetch(job, uri, "dataset") for uri in _eval_uris(recipe)]
+    parts, leaks = _split(job, kept, eval_sources)
     copies = _copies(job, parts["train"])
     parts["train"] += copies
     labels = _labels(parts["train"], counts)
@@ -109,11 +111,10 @@ def run(job: Job) -> Facts:
     report = _report(
         counts, duplicates, conflicts, leaks, len(copies), tallies, used, length_percentiles(encoded["train"])
     )
-    described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
         base,
         _fact(model),
-        [_fact(s) for s in described],
+        [_fact(s) for s in (*(source for source, _ in sources), *eval_sources)],
         report,
         labels,
         _majority_percent(parts),
@@ -142,6 +143,12 @@ def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
     if isinstance(given, dict):
         return [(uri, label) for label, uri in given.items()]
     return [(uri, None) for uri in ([given] if isinstance(given, str) else given)]
+
+
+def _eval_uris(recipe: Recipe) -> list[str]:
+    """Sources of test rows; none where these are split off."""
+    given = recipe.data.eval
+    return [given] if isinstance(given, str) else given if isinstance(given, list) else []
 
 
 def _fetch(job: Job, uri: str, kind: Any) -> Source:
@@ -194,19 +201,18 @@ def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
     )
 
 
-def _split(job: Job, examples: list[Example]) -> tuple[dict[str, list[Example]], Leaks, Source | None]:
+def _split(job: Job, examples: list[Example], held_out_in: Sequence[Source]) -> tuple[dict[str, list[Example]], Leaks]:
     keys = job.recipe.data
-    if isinstance(keys.eval, str):
-        source = _fetch(job, keys.eval, "dataset")
-        held_out, _ = _examples(job, [(source, None)])
+    if isinstance(keys.eval, str | list):
+        held_out, _ = _examples(job, [(source, None) for source in held_out_in])
         examples, leaks = without_leaks(examples, held_out)
         parts = {"eval": held_out, **split_by_hash(examples, {"validation": keys.validation}, seed=keys.seed)}
     else:
-        source, leaks = None, Leaks(0, 0)
+        leaks = Leaks(0, 0)
         parts = split_by_hash(examples, {"eval": keys.eval, "validation": keys.validation}, seed=keys.seed)
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
-    return parts, leaks, source
+    return parts, leaks
 
 
 def _write(folder: Path, encoded: dict[str, list[EncodedRow]]) -> None:

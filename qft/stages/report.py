@@ -76,6 +76,7 @@ def summarize(job: Job) -> Summary:
         waterfall=_waterfall(job),
         stage_seconds={name: r.seconds for name, r in stages.items() if r and name != "report"},
         stage_memory_bytes={name: r.peak_memory_bytes for name, r in stages.items() if r and name != "report"},
+        stage_energy={name: r.energy for name, r in stages.items() if r and r.energy and name != "report"},
         sources=[vars(s) for s in [prepared.model, *prepared.data]] if prepared else [],
         data=prepared.report if prepared else None,
         majority_percent=prepared.majority_percent if prepared else None,

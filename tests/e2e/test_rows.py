@@ -50,3 +50,17 @@ def test_changed_copies_are_of_rows_to_learn_and_counted(
     done = typed(tmp_path, "qft plan recipe.yaml data.augment.synonyms=nowhere.txt")
     assert done.returncode == 2
     assert "nowhere.txt" in done.stderr
+
+
+def test_test_rows_from_several_files(
+    tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]], typed: Type
+) -> None:
+    lines = [json.dumps(row) + "\n" for row in reviews]
+    for name, part in {"train": lines[20:], "test": lines[:12], "more": lines[12:20]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ndata: {{train: train.jsonl, eval: [test.jsonl, more.jsonl], validation: 10}}\n"
+    )
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))
+    assert (found["data"]["eval_rows"], found["data"]["leaked"]) == (20, 0)
+    assert [Path(source["uri"]).name for source in found["sources"][1:]] == ["train.jsonl", "test.jsonl", "more.jsonl"]

@@ -1,0 +1,99 @@
+"""Energy of a piece of work: from the processor's own counter where the system lets it be read, else estimated. No torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+WATTS_A_CORE = 12.0  # assumed of a busy core, its share of memory and cooling included; an idle one counts nothing
+_COUNTERS = Path("/sys/class/powercap")
+_LOOK_SECONDS = 30.0  # a counter begins anew after 262 kJ, which 1 kW takes four minutes to draw
+
+
+@dataclass(frozen=True)
+class Energy:
+    """joules, and how they were found: counted by the processor (of all programs together), or estimated as `WATTS_A_CORE` times
+    the processor time of this process and its children.
+    """
+
+    joules: float
+    how: Literal["counted", "estimated"]
+
+
+def watt_hours(energy: Energy) -> str:
+    """`3.2 Wh`, or `about 3.2 Wh` of an estimate."""
+    return f"{'about ' if energy.how == 'estimated' else ''}{energy.joules / 3600:.1f} Wh"
+
+
+@dataclass
+class Meter:
+    """energy: of the block, once it has ended."""
+
+    energy: Energy | None = None
+
+
+@contextmanager
+def energy_meter(counters: Path = _COUNTERS, *, look_seconds: float = _LOOK_SECONDS) -> Iterator[Meter]:
+    """Measure the energy of a block. counters: where Linux shows RAPL, a folder `intel-rapl:N` for each processor, AMD's too."""
+    meter, packages = Meter(), _readable(counters)
+    began, tallies = _core_seconds(), [_Tally(package) for package in packages]
+    ended = threading.Event()
+    looking = threading.Thread(target=_keep_looking, args=(tallies, ended, look_seconds), daemon=True)
+    looking.start()
+    try:
+        yield meter
+    finally:
+        ended.set()
+        looking.join()
+        counted = sum(tally.look() for tally in tallies) / 1e6
+        estimated = WATTS_A_CORE * (_core_seconds() - began)
+        meter.energy = Energy(counted, "counted") if tallies else Energy(estimated, "estimated")
+
+
+class _Tally:
+    """Microjoules of one processor since the start, however often its counter began anew."""
+
+    def __init__(self, package: Path) -> None:
+        self._counter = package / "energy_uj"
+        self._range = int((package / "max_energy_range_uj").read_text())
+        self._last, self._sum = self._now(), 0
+
+    def look(self) -> int:
+        """What was used up to now."""
+        now = self._now()
+        self._sum, self._last = self._sum + (now - self._last) % self._range, now
+        return self._sum
+
+    def _now(self) -> int:
+        return int(self._counter.read_text())
+
+
+def _readable(counters: Path) -> list[Path]:
+    """Processors whose counter may be read; since 2020 most systems show it to root alone."""
+    found = []
+    for package in sorted(counters.glob("intel-rapl:*")):
+        try:
+            if package.name.count(":") == 1 and int((package / "energy_uj").read_text()) >= 0:
+                found.append(package)
+        except (OSError, ValueError):
+            return []
+    return found
+
+
+def _keep_looking(tallies: list[_Tally], ended: threading.Event, seconds: float) -> None:
+    while tallies and not ended.wait(seconds):
+        for tally in tallies:
+            tally.look()
+
+
+def _core_seconds() -> float:
+    """Processor time of this process and its ended children; what torch's threads wait for busily counts, as it draws power."""
+    times = psutil.Process().cpu_times()
+    children = getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    return times.user + times.system + children
