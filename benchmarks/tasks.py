@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks.quantization import interval
+from qft.data.conversations import read_calls
 from qft.files import write_json
 from qft.measure.machine import machine, versions
 
@@ -82,7 +83,10 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def gain(metric: str, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Points of answers that are right, more than before; of perplexity the percent that it fell."""
+    """Points of answers that are right, more than before (tool_call: of calls); of perplexity the percent that it fell."""
+    if metric == "tool_call":
+        calls = [i for i, answer in enumerate(after) if answer["asked"] and read_calls(answer["expected"])]
+        before, after = ([answers[i] for i in calls] for answers in (before, after))
 
     def value(rows: Sequence[int]) -> float:
         if metric != "perplexity":

@@ -146,7 +146,9 @@ class TrainingKeys(_Section):
     batch_size: Count = Field(16, description="rows of one forward pass")
     gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
     max_length: Count = Field(
-        512, description="tokens; longer rows are cut, and counted; plain texts are cut into pieces"
+        512,
+        description="tokens; longer rows are cut, and counted: a conversation loses its oldest turns, then the middle of its "
+        "longest, before its answer; plain texts are cut into pieces",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
     label_smoothing: Share = Field(
@@ -230,14 +232,25 @@ class QuestionAnsweringKeys(_Section):
 class EvaluationKeys(_Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "wer", "cer"] = Field(
-        "auto",
-        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
-        "found in a context, wer of speech, otherwise perplexity",
+    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "tool_call", "wer", "cer"] = (
+        Field(
+            "auto",
+            description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
+            "found in a context, wer of speech, otherwise perplexity; tool_call: right function and arguments, of the answers "
+            "that should be calls",
+        )
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
         8, description="tokens a generated answer may be longer than the longest expected one"
+    )
+    answers: Annotated[int, Field(ge=0)] = Field(
+        16,
+        description="held-out answers that are written out where rows have no labels, for the share that ends, F1 and "
+        "examples: chosen by hash, after every stage the same; every turn of a conversation is one; 0: none",
+    )
+    longest_answer: Count = Field(
+        96, description="tokens that an expected answer may have to be among these: all should end within it"
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qft.bundle.manifest import Bundle
 from qft.data.encode import encode, encode_all
@@ -288,12 +290,51 @@ def test_a_long_text_is_cut_into_pieces_and_every_token_is_a_target_once(tiny_mo
         assert (counts.cut, counts.nothing_in_loss) == (0, 0)
 
 
-def test_rows_cut_before_their_answer_are_dropped_and_counted(tiny_model: Path) -> None:
+def test_a_long_conversation_keeps_its_answer_and_loses_its_oldest_turns(tiny_model: Path) -> None:
     tokenizer = TextTokenizer.load(tiny_model)
-    kept, counts = encode_all([example("a"), example("a fine film " * 40)], tokenizer, max_length=40)
-    assert (len(kept), counts.cut, counts.nothing_in_loss) == (1, 1, 1)
-    with pytest.raises(InputError, match="no row keeps a token"):
-        encode_all([example("a fine film " * 40)], tokenizer, max_length=10)
+    turns = [
+        Message("system", "Judge."),
+        *(Message(role, f"{role} {n}") for n in range(6) for role in ("user", "assistant")),
+    ]
+    row = Example(tuple(turns), None, None, "r:1")
+    length = len(encode(row, tokenizer).input_ids)
+    for most in range(length, 40, -1):
+        (kept,), counts = encode_all([row], tokenizer, max_length=most)
+        assert len(kept.input_ids) <= most
+        assert (counts.shortened, counts.cut) == (most < length, 0)
+        text = tokenizer.decode(kept.input_ids, skip_special_tokens=False)
+        whole = tokenizer.decode(encode(row, tokenizer).input_ids, skip_special_tokens=False)
+        system = "<|im_start|>system\nJudge.<|im_end|>\n"
+        assert text.startswith(f"{system}<|im_start|>user\n")
+        assert whole.endswith(text.removeprefix(system))
+        assert tokenizer.decode(kept.input_ids[slice(*kept.answers[-1])]) == "assistant 5"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_characters="<>|"), min_size=30, max_size=80),
+    room=st.integers(30, 60),
+)
+def test_a_long_prompt_loses_its_middle(tiny_model: Path, text: str, room: int) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    row = example(f"Answer: {text} Right?")
+    kept, counts = encode_all([row], tokenizer, max_length=room)
+    assert (len(kept), counts.cut, counts.nothing_in_loss) == (1, 0, 0)
+    assert len(kept[0].input_ids) <= room
+    said = tokenizer.decode(kept[0].input_ids)
+    assert "Ans" in said
+    assert "t?" in said
+    assert kept[0].answer == encode(row, tokenizer).answer
+
+
+def test_rows_whose_answer_alone_is_too_long_are_cut_and_those_without_room_for_any_dropped(tiny_model: Path) -> None:
+    tokenizer = TextTokenizer.load(tiny_model)
+    rows = [example("a"), example("a", "dull and slow " * 40), example("a fine film " * 40)]
+    kept, counts = encode_all(rows, tokenizer, max_length=40)
+    assert (len(kept), counts.cut, counts.shortened, counts.nothing_in_loss) == (3, 1, 1, 0)
+    assert len(kept[1].input_ids) == 40
+    with pytest.raises(InputError, match="no row keeps a token in the loss"):
+        encode_all(rows, tokenizer, max_length=8)
 
 
 CATALOGUE = """\

@@ -118,4 +118,4 @@ def test_the_whole_path_with_labels_written_in_chinese(
     assert steps["tuned"]["loss"] < 0.5 * steps["base"]["loss"]
     assert steps["exported"]["loss"] == pytest.approx(steps["merged"]["loss"], abs=0.02)
     assert steps["shipped"]["loss"] == pytest.approx(steps["rounded"]["loss"], abs=0.05)
-    assert type_in(tmp_path, "qft predict dull-and-slow").stdout.strip() in ("好", "差", "")
+    assert type_in(tmp_path, "qft predict dull-and-slow").stdout.split()[0] in ("好", "差")

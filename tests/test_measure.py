@@ -13,16 +13,19 @@ import torch
 from qft.base_model import load
 from qft.bundle.golden import check_cases, make_cases
 from qft.bundle.session import OnnxRunner
+from qft.data.conversations import Call
 from qft.data.encode import Encoded, encode_all
-from qft.data.examples import Shape, to_examples
+from qft.data.examples import Example, Shape, to_examples
 from qft.data.rows import Row
-from qft.data.tokenizer import TextTokenizer
+from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError
 from qft.graph.export_optimum import export_float
 from qft.measure.agreement import Comparison, Record
+from qft.measure.answers import exact_match, f1
 from qft.measure.machine import memory_bandwidth, peak_memory
 from qft.measure.parity import compare
-from qft.measure.quality import Measuring, batches, measure
+from qft.measure.quality import Measuring, batches
+from qft.measure.writing import measure
 from qft.training.runner import TorchRunner
 
 
@@ -115,6 +118,56 @@ def test_rows_without_labels_keep_their_losses(
     assert [(a.loss, a.targets) for a in losses] == [(a.loss, a.targets) for a in answers]
     assert [a.expected for a in losses] == [a.expected for a in answers]
     assert not any(a.asked for a in losses)
+
+
+def test_some_answers_without_labels_are_written(
+    torch_runner: TorchRunner, tokenizer: TextTokenizer, held_out: list[Encoded]
+) -> None:
+    rows = [replace(row, label=None) for row in held_out]
+    how = Measuring("f1", 7, 3, answers=9, longest_answer=max(len(r.answer) for r in rows))
+    quality, answers = measure(torch_runner, rows, tokenizer, how)
+    with_labels = measure(torch_runner, held_out, tokenizer, how=Measuring("auto", 7, 3))[1]
+    assert sum(a.asked for a in answers) == quality.written == 9
+    for answer, other in zip(answers, with_labels, strict=True):
+        if answer.asked:
+            assert (answer.answer, answer.ended) == (other.answer, other.ended)
+            assert answer.right == exact_match(answer.answer, [answer.expected])
+    asked = [a for a in answers if a.asked]
+    assert (
+        quality.value == quality.f1_percent == pytest.approx(100 * np.mean([f1(a.answer, [a.expected]) for a in asked]))
+    )
+    assert quality.exact_match_percent == pytest.approx(100 * np.mean([a.right for a in asked]))
+    assert quality.ended_percent == pytest.approx(100 * np.mean([a.ended for a in asked]))
+    other = torch_runner.model.lm_head.weight.data.clone()
+    torch_runner.model.lm_head.weight.data *= -1  # another model is asked the same
+    again = measure(torch_runner, rows, tokenizer, replace(how, batch_size=3))[1]
+    torch_runner.model.lm_head.weight.data = other
+    assert [a.where for a in again if a.asked] == [a.where for a in asked]
+    none, _ = measure(torch_runner, rows, tokenizer, replace(how, metric="auto", longest_answer=1))
+    assert (none.written, none.ended_percent, none.f1_percent) == (0, None, None)
+    with pytest.raises(InputError, match="no f1 of these rows"):
+        measure(torch_runner, rows, tokenizer, replace(how, answers=0))
+
+
+def test_every_turn_of_a_conversation_is_an_answer_and_calls_are_counted(
+    torch_runner: TorchRunner, tokenizer: TextTokenizer
+) -> None:
+    call = Message("assistant", "", (Call("f", {"x": 1}),))
+    turns = (Message("user", "a"), call, Message("tool", "2"), Message("assistant", "dull"))
+    example = Example(turns, None, None, "r:1", tools=({"type": "function", "function": {"name": "f"}},))
+    rows = encode_all([example], tokenizer, max_length=400)[0]
+    quality, answers = measure(
+        torch_runner, rows, tokenizer, Measuring("tool_call", 4, 3, answers=9, longest_answer=99)
+    )
+    assert [a.where for a in answers] == ["r:1 answer 1", "r:1 answer 2"]
+    assert [a.expected for a in answers] == [str(call.calls[0]), "dull"]
+    assert sum(a.targets for a in answers) == quality.targets
+    assert sum(a.loss * a.targets for a in answers) == pytest.approx(quality.loss * quality.targets)
+    assert quality.tool_calls is not None
+    assert (quality.tool_calls.expected, quality.tool_calls.others) == (1, 1)
+    assert quality.value == quality.tool_calls.right_percent == 0
+    with pytest.raises(InputError, match="should be a call"):
+        measure(torch_runner, rows, tokenizer, Measuring("tool_call", 4, 3, answers=9, longest_answer=4))
 
 
 def test_float_onnx_computes_what_torch_computes(

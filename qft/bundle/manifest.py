@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from qft.bundle.assets import read_generation
-from qft.bundle.classifier import Labels, OnnxClassifier
+from qft.bundle.classifier import Labels as LabelNames
+from qft.bundle.classifier import OnnxClassifier
+from qft.bundle.constrained import Choice, Labels, Schema
 from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, speech_prompt
 from qft.bundle.session import OnnxRunner
 from qft.data.audio import Clip, cut
+from qft.data.conversations import Tool, read_conversation, written_out
 from qft.data.examples import around_place
 from qft.data.labelled import shortened
 from qft.data.passages import NO_ANSWER, Passage
@@ -126,9 +129,14 @@ class Bundle:
         return _RUNNERS.get(self.manifest["task"], OnnxRunner)
 
     @property
-    def labels(self) -> Labels:
+    def writes(self) -> bool:
+        """Whether it is a language model, which answers in words."""
+        return self._kind is OnnxRunner
+
+    @property
+    def labels(self) -> LabelNames:
         """What a classifier chooses from."""
-        return Labels(tuple(self.manifest["labels"]), self.manifest["several_labels"])
+        return LabelNames(tuple(self.manifest["labels"]), self.manifest["several_labels"])
 
     @property
     def transcribes(self) -> bool:
@@ -146,17 +154,27 @@ class Bundle:
             options["pair_mark"] = self.tokenizer.pair_mark
         return self._kind(self.models["model"], **options)
 
-    def predict(self, lines: list[str], runner: Any, *, max_new_tokens: int) -> Sequence[Answer | Decision | Found]:
+    def predict(
+        self, lines: list[str], runner: Any, *, max_new_tokens: int, labels: Sequence[str] = (), schema: Any = None
+    ) -> Sequence[Answer | Choice | Decision | Found]:
         """What the model makes of each line: a label, an answer found in a context, or one of at most max_new_tokens.
 
+        labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was.
         Raises InputError for a line that is not of the form that the task asks for.
         """
+        if (labels or schema is not None) and not self.writes:
+            raise InputError(f"a bundle for {self.manifest['task']} does not write", where="--labels, --schema")
         if self._kind is OnnxReader:
             return [self.find(*question_of(line), runner) for line in lines]
         if self.transcribes:
             return self.transcribe(lines, runner)
         if self.classifies:
             return self.classify(lines, runner)
+        if schema is not None:
+            return self.answer(lines, runner, max_new_tokens=max_new_tokens, schema=Schema(schema, self.tokenizer))
+        known = [] if self.manifest["several_labels"] else self.manifest["labels"]
+        if labels or len(known) > 1:
+            return self.choose(lines, runner, Labels(labels or known, self.tokenizer))
         return self.answer(lines, runner, max_new_tokens=max_new_tokens)
 
     @property
@@ -201,22 +219,38 @@ class Bundle:
         return f"{parts[0]}{text}{parts[2]}" if parts else text
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What the model is fed for a user's text: the recipe's prompt and the chat template around it."""
-        content = self.content(text)
-        if not self.tokenizer.has_chat_template:
-            return self.tokenizer.encode(content, add_special_tokens=True)
-        system = self.manifest.get("system")
-        messages = ([Message("system", system)] if system else []) + [Message("user", content)]
-        return self.tokenizer.encode(self.tokenizer.render(messages, add_generation_prompt=True))
+        """What the model is fed for a user's text, in the recipe's prompt and the chat template, or for a conversation.
 
-    def answer(self, texts: list[str], runner: OnnxRunner, *, max_new_tokens: int) -> list[Answer]:
-        """Greedy answers, one a text."""
+        That is a JSON line, {"messages": […], "tools": […]}, of which no recipe's prompt is put around any turn.
+        """
+        messages, tools = _conversation(text)
+        if not messages:
+            messages = (Message("user", self.content(text)),)
+        if not self.tokenizer.has_chat_template:
+            joined = "".join(message.content for message in written_out(messages, tools))
+            return self.tokenizer.encode(joined, add_special_tokens=True)
+        if (system := self.manifest.get("system")) and messages[0].role != "system":
+            messages = (Message("system", system), *messages)
+        return self.tokenizer.encode(self.tokenizer.render(messages, add_generation_prompt=True, tools=tools))
+
+    def answer(
+        self, texts: list[str], runner: OnnxRunner, *, max_new_tokens: int, schema: Schema | None = None
+    ) -> list[Answer]:
+        """Greedy answers, one a text; by a schema, JSON that is valid and whole."""
         stops = self.tokenizer.stop_ids
         answers = []
         for text in texts:
-            ids = runner.generate([self.prompt_ids(text)], max_new_tokens=max_new_tokens, stop_ids=stops)[0]
+            prompt = self.prompt_ids(text)
+            if schema is None:
+                ids = runner.generate([prompt], max_new_tokens=max_new_tokens, stop_ids=stops)[0]
+            else:
+                ids = schema.write(runner, prompt, max_new_tokens=max_new_tokens)
             answers.append(Answer(self.tokenizer.decode(ids), ids[-1] in stops, len(ids)))
         return answers
+
+    def choose(self, texts: list[str], runner: OnnxRunner, labels: Labels) -> list[Choice]:
+        """The likeliest of some labels, one a text."""
+        return [labels.choose(runner, self.prompt_ids(text)) for text in texts]
 
     def problems(self) -> list[Problem]:
         """Files that are missing, changed or not listed; empty if the bundle is as it was made."""
@@ -228,6 +262,17 @@ class Bundle:
             if name in there and there[name] != expected[name]
         ]
         return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]
+
+
+def _conversation(line: str) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
+    """Messages and tools of a JSON line that holds any; nothing of a text."""
+    try:
+        asked = json.loads(line) if line.lstrip().startswith("{") else None
+    except ValueError:
+        return (), ()
+    if not isinstance(asked, dict) or "messages" not in asked:
+        return (), ()
+    return read_conversation(asked, "the line")
 
 
 def question_of(line: str) -> tuple[str, str]:

@@ -34,6 +34,15 @@ class Cache:
     mask: np.ndarray
     positions: np.ndarray
 
+    def repeated(self, count: int) -> Cache:
+        """That of one row, for `count` rows that go on from it."""
+        mask, positions = (np.repeat(part, count, axis=0) for part in (self.mask, self.positions))
+        return Cache(_repeated(self.values, count), mask, positions)
+
+
+def _repeated(values: dict[str, Any], count: int) -> dict[str, Any]:
+    return {n: ort.OrtValue.ortvalue_from_numpy(np.repeat(v.numpy(), count, axis=0)) for n, v in values.items()}
+
 
 def physical_cores() -> int:
     """Cores to run on by default."""
@@ -106,11 +115,9 @@ class OnnxRunner:
     def _past_of(self, prefix: Sequence[int], count: int) -> dict[str, Any]:
         """Keys and values of a prefix, for `count` rows; empty ones for an empty prefix."""
         if prefix:
-            past = self.prefill([prefix])[1].values
-            repeated = {name: np.repeat(value.numpy(), count, axis=0) for name, value in past.items()}
-        else:
-            repeated = {name: np.zeros((count, s[1], 0, s[3]), dtype=kind) for name, (s, kind) in self._past.items()}
-        return {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in repeated.items()}
+            return _repeated(self.prefill([prefix])[1].values, count)
+        empty = {name: np.zeros((count, s[1], 0, s[3]), dtype=kind) for name, (s, kind) in self._past.items()}
+        return {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
 
     def step(self, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, Cache]:
         """Feed one token a row; float32 logits (rows, 1, vocabulary) and the grown cache."""

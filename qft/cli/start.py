@@ -73,7 +73,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ),
             (
                 "lost",
-                f"{report.cut:,} rows cut by max_length, {report.nothing_in_loss:,} dropped for it, "
+                f"{report.shortened:,} prompts shortened and {report.cut:,} rows cut by max_length, "
+                f"{report.nothing_in_loss:,} dropped for it, "
                 f"{report.unknown_tokens:,} unknown tokens",
             ),
         ],

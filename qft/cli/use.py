@@ -54,26 +54,51 @@ def _open(name: str | None, runs: Path) -> Bundle:
 @click.command("predict")
 @click.argument("texts", nargs=-1)
 @click.option("--max-new-tokens", default=64, show_default=True, help="Longest answer.")
+@click.option("--labels", metavar="A,B,C", help="Choose one of these; default: of those it was tuned on, if it was.")
+@click.option("--schema", type=click.Path(path_type=Path), help="JSON Schema file that every answer is kept to.")
 @_on_bundle
 def predict_command(
-    texts: tuple[str, ...], max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool
+    texts: tuple[str, ...],
+    max_new_tokens: int,
+    labels: str | None,
+    schema: Path | None,
+    bundle_name: str | None,
+    runs: Path,
+    as_json: bool,
 ) -> None:
     """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each.
 
-    A bundle that finds answers in a context is asked with JSON lines: {"question": "…", "context": "…"}; one that writes down
-    speech with the names of sound files.
+    A line may be a conversation: {"messages": […], "tools": […]}, as JSON. A bundle that finds answers in a context is asked
+    with JSON lines: {"question": "…", "context": "…"}; one that writes down speech with the names of sound files.
     """
+    if labels and schema:
+        raise InputError("an answer is kept to labels or to a schema", where="--labels, --schema", hint="leave one out")
     bundle = _open(bundle_name, runs)
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise InputError("nothing to answer", hint='as in `qft predict "A waste of two hours."`')
-    answers = bundle.predict(lines, bundle.runner(), max_new_tokens=max_new_tokens)
+    answers = bundle.predict(
+        lines,
+        bundle.runner(),
+        max_new_tokens=max_new_tokens,
+        labels=[name.strip() for name in labels.split(",")] if labels else (),
+        schema=_schema(schema) if schema else None,
+    )
     if as_json:
         said = [asdict(answer) for answer in answers]
         print_json({"answers": [{"input": line, **answer} for line, answer in zip(lines, said, strict=True)]})
     else:
         for answer in answers:
             print_line(str(answer))
+
+
+def _schema(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", where="--schema") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}", where="--schema") from None
 
 
 @click.command("chat")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
+from qft.data.conversations import written_out
 from qft.data.examples import Example
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.progress import OnProgress, Progress, silent
 
+_BROKEN = "\ufffd"  # what part of a character's bytes decode to
 _LEAST_SHARED = 4  # tokens of a prefix that are worth a forward pass of their own
 
 
@@ -59,6 +62,12 @@ class Encoded:
         return self.in_loss.index(True)
 
     @property
+    def answers(self) -> tuple[tuple[int, int], ...]:
+        """(begin, end) of each answer in the loss with its end-of-turn token; of plain text, which has none, of all but the first."""
+        edges = [i for i, pair in enumerate(pairwise((False, *self.in_loss, False))) if pair[0] != pair[1]]
+        return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+    @property
     def prompt(self) -> tuple[int, ...]:
         """Ids to generate the last answer from: exactly what a runtime feeds."""
         return self.input_ids[: self.answer_start]
@@ -87,13 +96,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodeCounts:
-    """What encoding met: rows cut by max_length, rows dropped as nothing of them was in the loss, tokens."""
+    """What encoding met: rows cut by max_length, rows dropped as nothing of them was in the loss, tokens.
+
+    shortened: rows whose prompt was made shorter so that the answer stays whole (`cut` are the others).
+    """
 
     cut: int
     nothing_in_loss: int
     unknown_tokens: int
     tokens: int
     target_tokens: int
+    shortened: int = 0
 
 
 def encode_all(
@@ -106,19 +119,25 @@ def encode_all(
 ) -> tuple[list[Encoded], EncodeCounts]:
     """Encode every example; rows that keep no target within `max_length` are dropped and counted.
 
-    last_only: see `encode`. Raises InputError if no row is left.
+    Of a conversation that is longer the prompt is shortened (`_shortened`); only if the answer alone is too long, its end
+    is lost. last_only: see `encode`. Raises InputError if no row is left.
     """
     kept: list[Encoded] = []
-    cut = dropped = unknown = 0
+    cut = shortened = dropped = unknown = 0
     for number, example in enumerate(examples):
         if number % 500 == 0:
             on_progress(Progress("tokenize", number, len(examples), "rows"))
         whole = encode(example, tokenizer, last_only=last_only)
         if example.text is not None:
             pieces = _pieces(whole, max_length)
+        elif len(whole.input_ids) <= max_length:
+            pieces = [whole]
+        elif (shorter := _shortened(example, tokenizer, max_length, last_only)) is not None:
+            pieces = [shorter]
+            shortened += 1
         else:
             pieces = [replace(whole, input_ids=whole.input_ids[:max_length], in_loss=whole.in_loss[:max_length])]
-            cut += len(whole.input_ids) > max_length
+            cut += 1
         for encoded in pieces:
             if not any(encoded.in_loss):
                 dropped += 1
@@ -132,7 +151,35 @@ def encode_all(
             hint=f"all {len(examples)} rows are longer than {max_length} tokens before their answer; raise it",
         )
     tokens, targets = sum(len(e.input_ids) for e in kept), sum(sum(e.in_loss) for e in kept)
-    return kept, EncodeCounts(cut, dropped, unknown, tokens, targets)
+    return kept, EncodeCounts(cut, dropped, unknown, tokens, targets, shortened)
+
+
+def _shortened(example: Example, tokenizer: TextTokenizer, max_length: int, last_only: bool) -> Encoded | None:
+    """A conversation in at most `max_length` tokens whose last answer is whole; None if there is no room for it.
+
+    The oldest turns go first, never the system message or tools; then the middle of the longest turn that is no answer:
+    a prompt says at its beginning or at its end what is to be done.
+    """
+    first = int(example.messages[0].role == "system")
+    begins = [i for i, message in enumerate(example.messages) if i > first and message.role == "user"]
+    for begin in [first, *begins]:
+        kept = replace(example, messages=(*example.messages[:first], *example.messages[begin:]))
+        encoded = encode(kept, tokenizer, last_only=last_only)
+        if len(encoded.input_ids) <= max_length:
+            return encoded
+    turns = list(kept.messages)
+    longest = max(range(first, len(turns) - 1), key=lambda i: len(turns[i].content) * (turns[i].role != "assistant"))
+    ids = tokenizer.encode(turns[longest].content)
+    room = len(ids) - (len(encoded.input_ids) - max_length)
+    while room > 0:
+        ends = tokenizer.decode(ids[: room - room // 2]), tokenizer.decode(ids[len(ids) - room // 2 :])
+        content = ends[0].rstrip(_BROKEN) + ends[1].lstrip(_BROKEN)
+        turns[longest] = replace(turns[longest], content=content)
+        encoded = encode(replace(kept, messages=tuple(turns)), tokenizer, last_only=last_only)
+        if len(encoded.input_ids) <= max_length:
+            return encoded
+        room -= len(encoded.input_ids) - max_length  # where the ends meet, tokens are other ones
+    return None
 
 
 def _pieces(whole: Encoded, max_length: int) -> list[Encoded]:
@@ -204,8 +251,8 @@ def _chat_segments(example: Example, tokenizer: TextTokenizer) -> list[tuple[str
     for index, message in enumerate(example.messages):
         if message.role != "assistant":
             continue
-        before = tokenizer.render(example.messages[:index], add_generation_prompt=True)
-        after = tokenizer.render(example.messages[: index + 1], add_generation_prompt=False)
+        before = tokenizer.render(example.messages[:index], add_generation_prompt=True, tools=example.tools)
+        after = tokenizer.render(example.messages[: index + 1], add_generation_prompt=False, tools=example.tools)
         if not (before.startswith(written) and after.startswith(before)):
             raise InputError(
                 "the model's chat template rewrites earlier turns, so the loss cannot be put on the answers",
@@ -218,7 +265,7 @@ def _chat_segments(example: Example, tokenizer: TextTokenizer) -> list[tuple[str
 
 
 def _plain_segments(example: Example) -> list[tuple[str, bool]]:
-    return [(m.content, m.role == "assistant") for m in example.messages]
+    return [(m.content, m.role == "assistant") for m in written_out(example.messages, example.tools)]
 
 
 def _answer_targets(part: list[int], text: str, tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +12,11 @@ from typing import Any
 
 from qft.data.audio import Clip, find_clip
 from qft.data.bins import Bins, NoBin, bin_of, read_bins
+from qft.data.conversations import Message, Tool, read_conversation, text_of
 from qft.data.passages import Passage, read_passage
 from qft.data.rows import Row
-from qft.data.tokenizer import Message
 from qft.errors import InputError
 
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 _PAIRS = (
     ("prompt", "completion"),
     ("question", "answer"),
@@ -35,7 +33,7 @@ class Example:
     label: the expected answer where rows have labels. labels: those it consists of, one unless rows may have several.
     clip: the sound whose transcript the answer is.
     group: what the row has in common with others that must lie on the same side of a split (a speaker, a document).
-    passage: a question with its context, of format qa.
+    passage: a question with its context, of format qa. tools: functions that may be called.
     """
 
     messages: tuple[Message, ...]
@@ -46,10 +44,12 @@ class Example:
     group: str | None = None
     passage: Passage | None = None
     clip: Clip | None = None
+    tools: tuple[Tool, ...] = ()
 
     def key(self) -> str:
-        """What decides the split: the prompt (all but the last answer), case and white space folded."""
-        content = self.text if self.text is not None else "\n".join(m.content for m in self.messages[:-1])
+        """What decides the split: the prompt (tools, all turns but the last answer), case and white space folded."""
+        parts = [*(str(tool["function"]) for tool in self.tools), *(m.text for m in self.messages[:-1])]
+        content = self.text if self.text is not None else "\n".join(parts)
         content = f"{content}\n{self.passage.context}" if self.passage else content
         return " ".join(content.casefold().split())
 
@@ -59,7 +59,7 @@ class Example:
 
     def answer(self) -> str:
         """The last answer, or the text."""
-        return self.text if self.text is not None else self.messages[-1].content
+        return self.text if self.text is not None else self.messages[-1].text
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         if not example.key() or not (several or example.passage or example.answer().strip()):
             empty += 1
         else:
-            group = _text_of(_column(row, shape.group_column)) if shape.group_column else example.group
+            group = text_of(_column(row, shape.group_column)) if shape.group_column else example.group
             examples.append(_with_system(replace(example, group=group), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
     if name in ("labels", "evals") and len(labels) < 2:
@@ -180,44 +180,30 @@ def _column(row: Row, name: str) -> Any:
     )
 
 
-def _text_of(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def _messages(row: Row, shape: Shape, bins: Bins) -> Example:
-    turns = row.values.get("messages") or row.values.get("conversations") or []
-    turns = json.loads(turns) if isinstance(turns, str) else turns
-    messages: list[Message] = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        if role is None:
-            raise InputError(
-                "a message needs role and content", where=row.where, hint='as {"role": "user", "content": "…"}'
-            )
-        messages.append(Message(_ROLES.get(role, str(role)), _text_of(turn.get("content", turn.get("value")))))
+    found, tools = read_conversation(row.values, row.where)
+    messages = list(found)
     while messages and messages[-1].role != "assistant":  # nothing to learn after the last answer
         messages.pop()
     if not messages:
         raise InputError("no assistant turn", where=row.where, hint="a conversation needs at least one answer to learn")
-    return Example(tuple(messages), None, None, row.where)
+    return Example(tuple(messages), None, None, row.where, tools=tools)
 
 
 def _prompt_completion(row: Row, shape: Shape, bins: Bins) -> Example:
     pair = next(((a, b) for a, b in _PAIRS if a in row.values and b in row.values), _PAIRS[0])
-    prompt = fill(shape.prompt, row) if shape.prompt else _text_of(_column(row, pair[0]))
+    prompt = fill(shape.prompt, row) if shape.prompt else text_of(_column(row, pair[0]))
     return Example(
-        (Message("user", prompt), Message("assistant", _text_of(_column(row, pair[1])))), None, None, row.where
+        (Message("user", prompt), Message("assistant", text_of(_column(row, pair[1])))), None, None, row.where
     )
 
 
 def _alpaca(row: Row, shape: Shape, bins: Bins) -> Example:
-    prompt = _text_of(_column(row, "instruction"))
-    if extra := _text_of(row.values.get("input")):
+    prompt = text_of(_column(row, "instruction"))
+    if extra := text_of(row.values.get("input")):
         prompt = f"{prompt}\n\n{extra}"
     return Example(
-        (Message("user", prompt), Message("assistant", _text_of(_column(row, "output")))), None, None, row.where
+        (Message("user", prompt), Message("assistant", text_of(_column(row, "output")))), None, None, row.where
     )
 
 
@@ -234,17 +220,17 @@ def _qa(row: Row, shape: Shape, bins: Bins) -> Example:
 
 
 def _text(row: Row, shape: Shape, bins: Bins) -> Example:
-    return Example((), _text_of(_column(row, shape.text_column)), None, row.where)
+    return Example((), text_of(_column(row, shape.text_column)), None, row.where)
 
 
 def _labels(row: Row, shape: Shape, bins: Bins) -> Example:
     value = _column(row, shape.label_column)
     if shape.label_separator:
-        parts = value if isinstance(value, list) else _text_of(value).split(shape.label_separator)
-        labels = tuple(dict.fromkeys(part for part in (_text_of(part).strip() for part in parts) if part))
+        parts = value if isinstance(value, list) else text_of(value).split(shape.label_separator)
+        labels = tuple(dict.fromkeys(part for part in (text_of(part).strip() for part in parts) if part))
     else:
-        labels = (bin_of(value, bins, row.where) if bins else _text_of(value),)
-    label, text = ", ".join(labels), _text_of(_column(row, shape.text_column))
+        labels = (bin_of(value, bins, row.where) if bins else text_of(value),)
+    label, text = ", ".join(labels), text_of(_column(row, shape.text_column))
     prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
 
@@ -254,7 +240,7 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
     if shape.audio is None:
         raise InputError("data.format: speech is for task automatic-speech-recognition", where="data.format")
     column, folder = shape.audio
-    path, text = _text_of(_column(row, column)), _text_of(_column(row, shape.text_column))
+    path, text = text_of(_column(row, column)), text_of(_column(row, shape.text_column))
     messages = (Message("user", path), Message("assistant", text))
     return Example(messages, None, None, row.where, clip=find_clip(folder, path, row.where))
 
@@ -263,7 +249,7 @@ def _evals(row: Row, shape: Shape, bins: Bins) -> Example:
     """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
     ideal = _column(row, "ideal")
     value = ideal[0] if isinstance(ideal, list) and ideal else ideal
-    label = bin_of(value, bins, row.where) if bins else _text_of(value)
+    label = bin_of(value, bins, row.where) if bins else text_of(value)
     answer = {"role": "assistant", "content": label}
     asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
     return replace(asked, label=label, labels=(label,))
@@ -290,7 +276,7 @@ def fill(template: str, row: Row) -> str:
     def place(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
             return match[0][0]
-        return _text_of(_column(row, match[1]))
+        return text_of(_column(row, match[1]))
 
     return _PLACES.sub(place, template)
 

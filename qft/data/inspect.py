@@ -19,7 +19,7 @@ class DataReport:
 
     leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
     their own whose text was among the training rows. changed_copies: of training rows, among train_rows.
-    tokens, unknown_tokens: of all parts.
+    tokens, unknown_tokens: of all parts. shortened: rows whose prompt was, by max_length; cut: whose answer was.
     """
 
     rows_read: int
@@ -43,6 +43,7 @@ class DataReport:
     length_95_percent: int
     length_longest: int
     labels: dict[str, int]
+    shortened: int = 0
 
     def warnings(self) -> list[str]:
         """What is likely wrong with these rows for this model."""

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from qft.data.conversations import Call, Message, Tool, written_out
 from qft.errors import InputError
 
 # Tokens that end a turn in the chat templates in use; one that a template writes right after an answer stops generation.
 _START_MARKS = ("start", "begin", "bos")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,24 @@ class TextTokenizer:
         """Whether the model folder says how a conversation is written."""
         return self._template is not None
 
+    def token_bytes(self) -> list[bytes]:
+        """What each token stands for, by its id: of byte-level pieces the bytes, of others UTF-8 with ▁ for a space, or <0x0A>."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        letters = _byte_letters() if level else {}
+
+        def content(number: int) -> bytes:
+            if number in added:
+                return added[number].content.encode()
+            piece = self.token(number)
+            if level:
+                return bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else piece.encode()
+            if found := _BYTE.fullmatch(piece):
+                return bytes([int(found[1], 16)])
+            return piece.replace("▁", " ").encode()
+
+        return [content(number) for number in range(self.vocab_size)]
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text; special tokens written in it are read as such."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -129,8 +143,30 @@ class TextTokenizer:
         """A token's id; None if the vocabulary has none like it."""
         return self._tokenizer.token_to_id(text)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The text of a conversation by the model's own template, sandboxed as transformers does it."""
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools, for calls and for what they give back."""
+        tool = {"type": "function", "function": {"name": "qfttool", "description": "", "parameters": {}}}
+        called = Message("assistant", "", (Call("qftcall", {}),))
+        turns = [Message("user", "x"), called, Message("tool", "qftresult"), Message("assistant", "x")]
+        try:
+            text = self._rendered(turns, [tool], add_generation_prompt=False)
+        except InputError:
+            return False
+        return all(name in text for name in ("qfttool", "qftcall", "qftresult"))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[Tool] = ()) -> str:
+        """The text of a conversation by the model's own template; tools it has no place for are `written_out`.
+
+        Raises InputError if there is no template, or it refuses this conversation.
+        """
+        special = tools or any(message.calls or message.role == "tool" for message in messages)
+        if special and not self.takes_tools:
+            messages, tools = written_out(messages, tools), ()
+        return self._rendered(messages, tools, add_generation_prompt=add_generation_prompt)
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Tool], *, add_generation_prompt: bool) -> str:
+        """Sandboxed as transformers does it."""
         if self._template is None:
             raise InputError("the model has no chat template", hint="use data.format: prompt-completion or text")
         from jinja2 import TemplateError
@@ -140,11 +176,11 @@ class TextTokenizer:
                 _environment()
                 .from_string(self._template)
                 .render(
-                    messages=[{"role": m.role, "content": m.content} for m in messages],
+                    messages=[message.as_dict() for message in messages],
                     add_generation_prompt=add_generation_prompt,
                     bos_token=self._text("bos_token"),
                     eos_token=self._eos_text,
-                    tools=None,
+                    tools=list(tools) or None,
                 )
             )
         except TemplateError as error:
@@ -185,6 +221,13 @@ def _eos_ids(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> li
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers (GPT-2's) write bytes with: printable Latin-1 is itself, the others follow 255."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 def _environment() -> Any:

@@ -41,6 +41,9 @@ class WaterfallStep:
             "F1": q.f1_percent,
             "a label": q.label_percent,
             "ended": q.ended_percent,
+            "right call": q.tool_calls.right_percent if q.tool_calls else None,
+            "valid call": q.tool_calls.valid_percent if q.tool_calls else None,
+            "false call": q.tool_calls.false_percent if q.tool_calls else None,
             "prefers right": q.preferred_percent,
             "calibration error": q.calibration_error_percent,
             "tokens right": q.token_accuracy_percent if q.accuracy_percent is None else None,
@@ -87,11 +90,21 @@ class TargetSize:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Held-out rows the shipped model got right and wrong: (row, prompt, what the tuned model said, what it says)."""
+class Asked:
+    """A held-out row that was answered: the shipped model's answer, what was asked, what was said before and after tuning."""
 
-    right: list[tuple[RowAnswer, str, str]] = field(default_factory=list)
-    wrong: list[tuple[RowAnswer, str, str]] = field(default_factory=list)
+    shipped: RowAnswer
+    prompt: str
+    before: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Held-out rows that the shipped model got right and wrong."""
+
+    right: list[Asked] = field(default_factory=list)
+    wrong: list[Asked] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

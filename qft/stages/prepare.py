@@ -258,6 +258,7 @@ def _report(
         length_95_percent=most,
         length_longest=longest,
         labels=counts.labels,
+        shortened=total("shortened"),
     )
 
 

@@ -17,7 +17,7 @@ from qft.files import write_text
 from qft.measure.classification import per_label
 from qft.measure.machine import Machine
 from qft.recipe import Recipe
-from qft.report.summary import Examples, LabelResults, Summary, TargetSize, Training, WaterfallStep
+from qft.report.summary import Asked, Examples, LabelResults, Summary, TargetSize, Training, WaterfallStep
 from qft.stages import baseline, bench, export, fold, merge, prepare, quantize, tune, verify
 from qft.stages.job import Job
 
@@ -136,19 +136,18 @@ def _training(job: Job, facts: tune.Facts) -> Training:
 
 
 def _examples(job: Job, target: str) -> Examples:
-    answers, tuned = job.answers(f"quantize-{target}"), job.answers("tune")
-    if not answers or not answers[0].asked or not (job.run.data / "eval.jsonl").exists():
+    shipped, before, tuned = (job.answers(stage) for stage in (f"quantize-{target}", "baseline", "tune"))
+    if not any(answer.asked for answer in shipped) or not (job.run.data / "eval.jsonl").exists():
         return Examples()
-    tokenizer = TextTokenizer.load(job.run.bundle(target))
-    prompts = job.task.asked(job.rows("eval"), tokenizer)
+    asked = job.task.asked(job.rows("eval"), TextTokenizer.load(job.run.bundle(target)))
+    old = [answer.answer for answer in before] or [""] * len(shipped)  # the stage baseline may be left out
+    found = [one for one in zip(shipped, asked, old, tuned, strict=True) if one[0].asked]
     # What all prompts share, the template and the instruction, is not worth reading twelve times.
+    prompts = [prompt for _, prompt, _, _ in found]
     begin = len(os.path.commonprefix(prompts))
     end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
-    triples = [
-        (answer, prompt[begin : len(prompt) - end], before.answer)
-        for answer, prompt, before in zip(answers, prompts, tuned, strict=True)
-    ]
-    right, wrong = ([t for t in triples if t[0].right is flag] for flag in (True, False))
+    rows = [Asked(said, text[begin : len(text) - end], first, new.answer) for said, text, first, new in found]
+    right, wrong = ([row for row in rows if row.shipped.right is flag] for flag in (True, False))
     return Examples(right[:_SHOWN_EXAMPLES], wrong[:_SHOWN_EXAMPLES])
 
 

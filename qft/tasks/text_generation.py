@@ -15,7 +15,8 @@ from qft.data.examples import Example
 from qft.data.inspect import check_loss_mask, marked
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
-from qft.measure.quality import Measuring, Quality, RowAnswer, measure
+from qft.measure.quality import Measuring, Quality, RowAnswer
+from qft.measure.writing import measure, turns_of
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class TextGeneration:
     export_task = "text-generation-with-past"
     ort_class = "ORTModelForCausalLM"
     peft_type = "CAUSAL_LM"
-    metrics = ("accuracy", "perplexity")
+    metrics = ("accuracy", "perplexity", "f1", "exact_match", "tool_call")
     graphs: Mapping[str, str] = {"model": ""}
     section = "text_generation"
     chats = True
@@ -65,8 +66,8 @@ class TextGeneration:
         return marked(row, tokenizer)
 
     def asked(self, rows: Sequence[Encoded], tokenizer: TextTokenizer) -> list[str]:
-        """The prompts."""
-        return [tokenizer.decode(row.prompt) for row in rows]
+        """What stands before each answer."""
+        return [tokenizer.decode(rows[turn.row].input_ids[: turn.begin]) for turn in turns_of(rows)]
 
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """A causal language model."""
@@ -87,7 +88,7 @@ class TextGeneration:
     def measure(
         self, runner: Any, rows: Sequence[Encoded], tokenizer: TextTokenizer, how: Measuring
     ) -> tuple[Quality, list[RowAnswer]]:
-        """Exact answers where rows have labels, perplexity."""
+        """Exact answers where rows have labels, otherwise perplexity and how good some answers are."""
         return measure(runner, rows, tokenizer, how)
 
     def describe(

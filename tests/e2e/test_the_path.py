@@ -158,10 +158,12 @@ def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished
 def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
     assert found["answers"][0]["text"] in ("positive", "negative")
-    assert found["answers"][0]["ended"]
-    lines = typed(finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n").stdout.split()
+    lines = typed(
+        finished, "qft predict", stdin="dull and slow at home\n\ngreat acting last night\n"
+    ).stdout.splitlines()
     assert len(lines) == 2
-    assert set(lines) <= {"positive", "negative"}
+    assert {line.split()[0] for line in lines} <= {"positive", "negative"}
+    assert all(line.endswith("%") for line in lines)
 
 
 def test_check_finds_a_changed_and_a_foreign_file(finished: Path, typed: Type) -> None:
