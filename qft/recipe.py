@@ -39,6 +39,11 @@ class DataKeys(_Section):
         description="file, folder, hub id or pypi:… source of rows; a list is read in order; {label: source, …} if all rows of a "
         "source have one label"
     )
+    weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="how often a training row of each source of data.train is seen in an epoch, in their order: 3 three times, 0.5 "
+        "half of the rows, chosen by hash, 0 none; held-out rows are not weighted",
+    )
     eval: Fraction | Count | str = Field(
         0.1, description="test rows, for the figures reported: a fraction or a number split off by hash, or a source"
     )
@@ -66,11 +71,15 @@ class DataKeys(_Section):
         description="rows have any number of labels, with this between them; a column of lists needs no separator",
     )
     audio_column: str = Field("audio", description="column of sound files' paths (format speech)")
-    audio_folder: str | None = Field(
-        None, description="folder, .tar or pypi:… source that these paths start from; by default where the rows lie"
+    audio_folder: str | list[str] | None = Field(
+        None,
+        description="folder, .tar or pypi:… source that these paths start from, or several, of which the first that has the file "
+        "counts; by default where the rows lie",
     )
     group_column: str | None = Field(
-        None, description="rows with one value here are never on both sides of a split: a speaker, a document"
+        None,
+        description="rows with one value here are never on both sides of a split: a speaker, a document; rows without it stand "
+        "alone",
     )
     bins: dict[str, str] | None = Field(
         None,

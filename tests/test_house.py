@@ -160,7 +160,7 @@ def test_stages_stand_on_stages_before_them() -> None:
 
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
-    "data.columns": ["a"],
+    "data.weights": [2.0], "data.columns": ["a"],
     "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
     "data.augment.synonyms": "words.txt",
     "data.system": "a", "data.label_separator": ";", "data.group_column": "a",

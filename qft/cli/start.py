@@ -61,6 +61,10 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ),
             *_leaks(report),
             ("labels", _labels_text(report.labels)),
+            *(
+                (f"weight {m.weight:g}", f"{m.source}: {m.rows:,} rows to learn → {m.mixed_rows:,}")
+                for m in report.mixed
+            ),
             (
                 "used",
                 f"{report.train_rows:,} to learn{_copies_text(report.changed_copies)}, {report.validation_rows:,} to choose, "

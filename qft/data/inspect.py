@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from qft.data.encode import Encoded, EncodedRow
+from qft.data.mix import Mixed
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 
@@ -18,7 +19,8 @@ class DataReport:
     """Rows and tokens after preparing.
 
     leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
-    their own whose text was among the training rows. changed_copies: of training rows, among train_rows.
+    their own whose text was among the training rows. changed_copies: of training rows, among those that are mixed.
+    mixed: the sources of the training rows, if they have weights; empty without.
     tokens, unknown_tokens: of all parts.
     """
 
@@ -30,6 +32,7 @@ class DataReport:
     leaked: int
     also_in_train: int
     changed_copies: int
+    mixed: list[Mixed]
     cut: int
     nothing_in_loss: int
     tokens: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, around_place, to_examples
 from qft.data.inspect import DataReport, length_percentiles
 from qft.data.labelled import LabelSet
+from qft.data.mix import Mixed, mix
 from qft.data.rows import read_labelled_rows, read_rows
 from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
@@ -60,7 +61,8 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     files = [
         recipe.model,
         *(uri for uri, _ in _train_uris(recipe)),
-        *(uri for uri in (data.eval, data.audio_folder, data.augment.synonyms) if isinstance(uri, str)),
+        *_audio_uris(recipe),
+        *(uri for uri in (data.eval, data.augment.synonyms) if isinstance(uri, str)),
     ]
     return {
         "task": recipe.task,
@@ -94,7 +96,7 @@ def run(job: Job) -> Facts:
     kept, duplicates, conflicts = drop_duplicates(examples)
     parts, leaks, eval_source = _split(job, kept)
     copies = _copies(job, parts["train"])
-    parts["train"] += copies
+    parts["train"], mixed = _mixed(recipe, [*parts["train"], *copies])
     labels = _labels(parts["train"], counts)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
@@ -107,7 +109,7 @@ def run(job: Job) -> Facts:
     _write(job.run.data, encoded)
     used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
     report = _report(
-        counts, duplicates, conflicts, leaks, len(copies), tallies, used, length_percentiles(encoded["train"])
+        counts, duplicates, conflicts, leaks, len(copies), mixed, tallies, used, length_percentiles(encoded["train"])
     )
     described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
@@ -144,6 +146,19 @@ def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
     return [(uri, None) for uri in ([given] if isinstance(given, str) else given)]
 
 
+def _audio_uris(recipe: Recipe) -> list[str]:
+    given = recipe.data.audio_folder
+    return [given] if isinstance(given, str) else given or []
+
+
+def _mixed(recipe: Recipe, train: list[Example]) -> tuple[list[Example], list[Mixed]]:
+    """Training rows as often as data.weights says; nothing is counted where there are none."""
+    data = recipe.data
+    if data.weights is None:
+        return train, []
+    return mix(train, [label or uri for uri, label in _train_uris(recipe)], data.weights, seed=data.seed)
+
+
 def _fetch(job: Job, uri: str, kind: Any) -> Source:
     job.on_progress(Progress(f"fetch {uri.partition('/')[0]}", 0))
     return fetch(uri, relative_to=job.relative_to, cache=job.cache, repo_type=kind, on_progress=job.on_progress)
@@ -152,14 +167,15 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[list[Example], Counts]:
     """sources: each with the label of all its rows."""
     rows, how, column = [], layout_of(job.recipe), job.recipe.data.label_column
-    for source, label in sources:
-        if label is None:
-            rows += read_rows(source.path, **how)
-        else:
-            rows += read_labelled_rows(source.path, column=column, label=label, **how)
-    keys = job.recipe.data
-    folder = _fetch(job, keys.audio_folder, "dataset").path if keys.audio_folder else sources[0][0].path
-    return to_examples(rows, shape_of(job.recipe, folder))
+    for number, (source, label) in enumerate(sources):
+        found = (
+            read_rows(source.path, **how)
+            if label is None
+            else read_labelled_rows(source.path, column=column, label=label, **how)
+        )
+        rows += [replace(row, source=number) for row in found]
+    folders = [_fetch(job, uri, "dataset").path for uri in _audio_uris(job.recipe)]
+    return to_examples(rows, shape_of(job.recipe, folders or [source.path for source, _ in sources]))
 
 
 def _copies(job: Job, train: Sequence[Example]) -> list[Example]:
@@ -177,10 +193,10 @@ def layout_of(recipe: Recipe) -> dict[str, Any]:
     return {"columns": recipe.data.columns, "text_separator": recipe.data.text_separator}
 
 
-def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
-    """How the recipe's rows become examples. rows_in: their file or folder, or the .tar where their sound files lie."""
+def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
+    """How the recipe's rows become examples. rows_in: their files or folders, or the .tar files where their sound files lie."""
     keys = recipe.data
-    folder = rows_in if rows_in.is_dir() or rows_in.suffix == ".tar" else rows_in.parent
+    folders = tuple(path if path.is_dir() or path.suffix == ".tar" else path.parent for path in rows_in)
     return Shape(
         keys.format,
         keys.text_column,
@@ -190,7 +206,7 @@ def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
         keys.system,
         keys.label_separator,
         keys.group_column,
-        (keys.audio_column, folder) if recipe.task == "automatic-speech-recognition" else None,
+        (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
     )
 
 
@@ -221,6 +237,7 @@ def _report(
     conflicts: int,
     leaks: Leaks,
     copies: int,
+    mixed: list[Mixed],
     tallies: dict[str, EncodeCounts],
     used: dict[str, int],
     lengths: tuple[int, int, int],
@@ -239,6 +256,7 @@ def _report(
         leaked=leaks.train,
         also_in_train=leaks.held_out,
         changed_copies=copies,
+        mixed=mixed,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
         tokens=total("tokens"),
