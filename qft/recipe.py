@@ -1,38 +1,20 @@
 """Every key a recipe may hold: its type, its default, its unit and one line of help. The only copy of a default.
 
-Keys are documented by `qft schema`; YAML is read by `qft.recipe_loader`.
+Those that change training rows lie in `qft.recipe_augment`. Keys are documented by `qft schema`; YAML is read by
+`qft.recipe_loader`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from qft.recipe_augment import AugmentKeys
+from qft.recipe_section import Count, Fraction, Positive, Section, Share
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class AugmentKeys(_Section):
-    """Changed copies of the training rows (EDA, arXiv 1901.11196)."""
-
-    copies: Annotated[int, Field(ge=0)] = Field(0, description="changed copies of each training row; 0: none")
-    word_dropout: Share = Field(0.1, description="chance of a word to be left out of a copy")
-    word_swap: Share = Field(0.1, description="chance of a word to change places with the next one")
-    synonyms: str | None = Field(
-        None,
-        description="file of your own: a line is a group of words, with commas between, that may replace each other",
-    )
-    synonym: Share = Field(0.3, description="chance of a word on that list to be replaced")
-
-
-class DataKeys(_Section):
+class DataKeys(Section):
     """Rows: where they lie, how they become examples, which are held out."""
 
     train: str | list[str] | dict[str, str] = Field(
@@ -93,11 +75,11 @@ class DataKeys(_Section):
         None, description="system message put before every example; none: what the chat template does"
     )
     max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
-    augment: AugmentKeys = Field(AugmentKeys(), description="changed copies of training rows")  # type: ignore[call-arg]
+    augment: AugmentKeys = Field(AugmentKeys(), description="training rows changed")  # type: ignore[call-arg]
     seed: int = Field(0, description="seed of the split, of the order of rows and of changed copies")
 
 
-class QuantizationKeys(_Section):
+class QuantizationKeys(Section):
     """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314), and what becomes of it."""
 
     base: Literal["nf4", "fp4", "none"] = Field(
@@ -113,7 +95,7 @@ class QuantizationKeys(_Section):
     )
 
 
-class TuningKeys(_Section):
+class TuningKeys(Section):
     """What of the model learns."""
 
     method: Literal["lora", "full", "head"] = Field(
@@ -123,7 +105,7 @@ class TuningKeys(_Section):
     )
 
 
-class LoraKeys(_Section):
+class LoraKeys(Section):
     """The adapter (arXiv 2106.09685), trained and saved by PEFT; used if tuning.method is lora."""
 
     r: Count = Field(16, description="rank of the adapter")
@@ -145,7 +127,7 @@ class LoraKeys(_Section):
     )
 
 
-class TrainingKeys(_Section):
+class TrainingKeys(Section):
     """The training loop."""
 
     epochs: Positive = Field(1, description="passes over the training rows")
@@ -177,7 +159,7 @@ class TrainingKeys(_Section):
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
 
 
-class FoldKeys(_Section):
+class FoldKeys(Section):
     """How a tuned model comes onto the grid that ships: fitted rounding (GPTQ), then learning from the tuned model."""
 
     tokens: Count = Field(
@@ -190,7 +172,7 @@ class FoldKeys(_Section):
     r: Count = Field(16, description="rank of the adapter inside the rounding")
 
 
-class TextGenerationKeys(_Section):
+class TextGenerationKeys(Section):
     """What task text-generation learns of a conversation."""
 
     loss_on: Literal["every-answer", "last-answer"] = Field(
@@ -198,7 +180,7 @@ class TextGenerationKeys(_Section):
     )
 
 
-class ClassificationKeys(_Section):
+class ClassificationKeys(Section):
     """What task text-classification makes of labels."""
 
     class_weights: Literal["none", "balanced"] = Field(
@@ -211,7 +193,7 @@ class ClassificationKeys(_Section):
     )
 
 
-class SpeechKeys(_Section):
+class SpeechKeys(Section):
     """What task automatic-speech-recognition hears."""
 
     window_seconds: Annotated[int, Field(ge=1, le=30)] = Field(
@@ -221,7 +203,7 @@ class SpeechKeys(_Section):
     )
 
 
-class QuestionAnsweringKeys(_Section):
+class QuestionAnsweringKeys(Section):
     """What task question-answering makes of contexts and answers."""
 
     stride: Count = Field(
@@ -235,7 +217,7 @@ class QuestionAnsweringKeys(_Section):
     )
 
 
-class EvaluationKeys(_Section):
+class EvaluationKeys(Section):
     """How quality is measured, after every stage on the same rows."""
 
     metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "wer", "cer"] = Field(
@@ -249,7 +231,7 @@ class EvaluationKeys(_Section):
     )
 
 
-class BudgetKeys(_Section):
+class BudgetKeys(Section):
     """How much worse than the tuned model the shipped one may be before `verify` fails."""
 
     max_worse: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(points|%)$")] = Field(
@@ -257,14 +239,14 @@ class BudgetKeys(_Section):
     )
 
 
-class ExportKeys(_Section):
+class ExportKeys(Section):
     """What is shipped."""
 
     targets: list[str] = Field(["cpu-int4"], min_length=1, description="deployment profiles, see export/targets/")
     budget: BudgetKeys = Field(BudgetKeys(), description="the quality a target may lose")  # type: ignore[call-arg]
 
 
-class VerifyKeys(_Section):
+class VerifyKeys(Section):
     """Parity: float ONNX against torch, quantized ONNX against float ONNX, on held-out rows."""
 
     rows: Count = Field(32, description="held-out rows compared, every position of each")
@@ -280,7 +262,7 @@ class VerifyKeys(_Section):
     )
 
 
-class BenchKeys(_Section):
+class BenchKeys(Section):
     """How speed is measured."""
 
     prompt_tokens: Count = Field(256, description="tokens of the prompt")
@@ -294,7 +276,7 @@ class BenchKeys(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One job: a model, its rows, how it is tuned, what is shipped."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(

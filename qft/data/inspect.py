@@ -20,7 +20,8 @@ class DataReport:
 
     leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
     their own whose text was among the training rows. changed_copies: of training rows, among those that are mixed.
-    mixed: the sources of the training rows, if they have weights; empty without.
+    heard_changed: training rows whose sound is changed, otherwise each time. mixed: the sources of the training rows, where they
+    have weights.
     tokens, unknown_tokens: of all parts.
     """
 
@@ -32,6 +33,7 @@ class DataReport:
     leaked: int
     also_in_train: int
     changed_copies: int
+    heard_changed: int
     mixed: list[Mixed]
     cut: int
     nothing_in_loss: int

@@ -24,7 +24,7 @@ from qft.files import folder_aside, write_text
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
-from qft.stages.job import Job, check_keys, make_task
+from qft.stages.job import Job, check_keys, make_task, sound_changes
 
 NEEDS: tuple[str, ...] = ()
 
@@ -108,8 +108,10 @@ def run(job: Job) -> Facts:
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
     used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
+    heard_changed = used["train"] if sound_changes(recipe) else 0
+    changed = len(copies), heard_changed
     report = _report(
-        counts, duplicates, conflicts, leaks, len(copies), mixed, tallies, used, length_percentiles(encoded["train"])
+        counts, duplicates, conflicts, leaks, changed, mixed, tallies, used, length_percentiles(encoded["train"])
     )
     described = [*(source for source, _ in sources), *([eval_source] if eval_source else [])]
     return Facts(
@@ -236,7 +238,7 @@ def _report(
     duplicates: int,
     conflicts: int,
     leaks: Leaks,
-    copies: int,
+    changed: tuple[int, int],
     mixed: list[Mixed],
     tallies: dict[str, EncodeCounts],
     used: dict[str, int],
@@ -255,7 +257,8 @@ def _report(
         conflicts=conflicts,
         leaked=leaks.train,
         also_in_train=leaks.held_out,
-        changed_copies=copies,
+        changed_copies=changed[0],
+        heard_changed=changed[1],
         mixed=mixed,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),

@@ -10,7 +10,7 @@ from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare
-from qft.stages.job import Job
+from qft.stages.job import Job, sound_changes
 from qft.tasks.registry import find_task
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best step; measure it."""
     from qft.data.tokenizer import TextTokenizer
+    from qft.training.hearing import hearing
     from qft.training.loop import fine_tuning, train
     from qft.training.lora import trainable
     from qft.training.noise import add_noise
@@ -75,12 +76,14 @@ def run(job: Job, fingerprint: str) -> Facts:
         return forward.start(model, rows, validation, batch_size=size, on_progress=job.on_progress)
 
     add_noise(base, recipe.training.neftune_noise_alpha)
+    changes = sound_changes(recipe)
+    learning = hearing(forward, changes) if changes else forward
     result = train(
         model,
         rows,
         validation,
         _schedule(recipe),
-        fine_tuning(forward, label_smoothing=recipe.training.label_smoothing, start=start),
+        fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,
