@@ -74,6 +74,11 @@ class DataKeys(Section):
     system: str | None = Field(
         None, description="system message put before every example; none: what the chat template does"
     )
+    new_tokens: list[str] | None = Field(
+        None,
+        description="tokens that the vocabulary lacks, as ['<note>']: never split, shown in answers; their rows, drawn to be like "
+        "all others, learn beside the adapter",
+    )
     max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
     augment: AugmentKeys = Field(AugmentKeys(), description="training rows changed")  # type: ignore[call-arg]
     seed: int = Field(0, description="seed of the split, of the order of rows and of changed copies")

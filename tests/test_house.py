@@ -39,6 +39,7 @@ LEVELS = [
         "base_ctranslate2",
         "base_gguf",
         "base_model",
+        "base_tokens",
         "targets",
     ],
     ["data"],
@@ -162,7 +163,7 @@ def test_stages_stand_on_stages_before_them() -> None:
 
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
-    "data.weights": [2.0], "data.columns": ["a"],
+    "data.weights": [2.0], "data.new_tokens": ["<a>"], "data.columns": ["a"],
     "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
     "data.augment.synonyms": "words.txt", "data.augment.noise": [5.0, 30.0], "data.augment.speed": [0.9],
     "data.system": "a", "data.label_separator": ";", "data.group_column": "a",

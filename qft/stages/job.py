@@ -50,6 +50,8 @@ def check_keys(recipe: Recipe) -> None:
             f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
         )
     sound_changes(recipe)
+    if recipe.data.new_tokens and recipe.tuning.method == "head":
+        raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
     keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
     for key, value in keys.items():
         if value in ("full", "pissa") and recipe.quantization.base != "none":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.base_model import local_checkpoint
+from qft.base_tokens import with_new_tokens
 from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, around_place, to_examples
@@ -90,6 +91,8 @@ def run(job: Job) -> Facts:
     model = _fetch(job, recipe.model, "model")
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
     without_labels.check_base(base)
+    if recipe.data.new_tokens:
+        base = with_new_tokens(base, recipe.data.new_tokens, sha256=model.sha256, cache=job.cache)
     tokenizer = TextTokenizer.load(base)
     sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,8 @@ def run(job: Job, fingerprint: str) -> Facts:
 
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    method, whole = method_of(recipe), recipe.tuning.method == "full"
+    new_tokens = [tokenizer.token_id(token) for token in recipe.data.new_tokens or ()]
+    method, whole = method_of(recipe, new_tokens), recipe.tuning.method == "full"
     base = job.load(folder, tokenizer, base=recipe.quantization.base, dtype="float32" if whole else None)
     forward = task.forward(tokenizer)
     rows, validation = job.rows("train"), job.rows("validation")
@@ -97,13 +99,19 @@ def run(job: Job, fingerprint: str) -> Facts:
     )
 
 
-def method_of(recipe: Recipe) -> Method:
-    """The recipe's way of tuning."""
+def method_of(recipe: Recipe, new_tokens: Sequence[int | None] = ()) -> Method:
+    """The recipe's way of tuning. new_tokens: ids of data.new_tokens, for a model that is to learn them."""
     if recipe.tuning.method == "lora":
         from qft.training.lora import Lora
 
         keys = recipe.lora.model_dump()
-        return Lora(**keys, seed=recipe.training.seed, task_type=find_task(recipe.task).peft_type, base=recipe.model)
+        return Lora(
+            **keys,
+            seed=recipe.training.seed,
+            new_tokens=tuple(number for number in new_tokens if number is not None),
+            task_type=find_task(recipe.task).peft_type,
+            base=recipe.model,
+        )
     from qft.training.methods import Weights
 
     return Weights(recipe.tuning.method == "head", recipe.quantization.compute_dtype)
