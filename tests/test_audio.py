@@ -59,7 +59,7 @@ def test_what_16_khz_cannot_hold_is_filtered_out() -> None:
 def test_formats(tmp_path: Path, kind: str, subtype: str, error: float) -> None:
     audio = sine(440, 1)
     soundfile.write(tmp_path / f"a.{kind}", np.stack([audio, audio], 1), RATE, subtype=subtype)
-    heard = samples(find_clip(tmp_path, f"a.{kind}", ""))
+    heard = samples(find_clip([tmp_path], f"a.{kind}", ""))
     if kind == "mp3":  # an encoder's delay
         assert np.sqrt((heard[2000:14000] ** 2).mean()) == pytest.approx(np.sqrt((audio**2).mean()), rel=0.02)
     else:
@@ -74,10 +74,10 @@ def test_a_tar_is_read_where_it_lies(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(f"./speech/{number}.wav")
             entry.size = len(stream.getvalue())
             archive.addfile(entry, io.BytesIO(stream.getvalue()))
-    clip = find_clip(tmp_path / "a.tar", "speech/1.wav", "")
+    clip = find_clip([tmp_path / "a.tar"], "speech/1.wav", "")
     np.testing.assert_array_equal(samples(clip), sine(200, 0.1))
     with pytest.raises(InputError, match="has no file"):
-        find_clip(tmp_path / "a.tar", "4.wav", "rows:1")
+        find_clip([tmp_path / "a.tar"], "4.wav", "rows:1")
 
 
 def test_a_long_recording_is_cut_where_it_is_quiet(tmp_path: Path) -> None:
@@ -98,6 +98,16 @@ def test_what_is_no_sound_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="as sound"):
         samples(Clip(str(tmp_path / "a.wav")))
     with pytest.raises(InputError, match="no sound file"):
-        find_clip(tmp_path, "b.wav", "rows:2")
+        find_clip([tmp_path], "b.wav", "rows:2")
     with pytest.raises(InputError, match=r"neither a folder nor a \.tar"):
-        find_clip(tmp_path / "a.wav", "b.wav", "rows:2")
+        find_clip([tmp_path / "a.wav"], "b.wav", "rows:2")
+
+
+def test_a_clip_lies_in_the_first_folder_that_has_it(tmp_path: Path) -> None:
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for number, root in enumerate(roots):
+        root.mkdir()
+        for name in ("both.wav", f"{number}.wav"):
+            soundfile.write(root / name, sine(100, 0.1), RATE)
+    found = [Path(find_clip(roots, name, "").path).parent.name for name in ("both.wav", "0.wav", "1.wav")]
+    assert found == ["a", "a", "b"]

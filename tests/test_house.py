@@ -29,6 +29,8 @@ LEVELS = [
     ["errors", "progress", "files", "libraries", "paths", "archives"],
     [
         "recipe_yaml",
+        "recipe_section",
+        "recipe_augment",
         "recipe",
         "recipe_reference",
         "recipe_loader",
@@ -37,6 +39,7 @@ LEVELS = [
         "base_ctranslate2",
         "base_gguf",
         "base_model",
+        "base_tokens",
         "targets",
     ],
     ["data"],
@@ -160,9 +163,9 @@ def test_stages_stand_on_stages_before_them() -> None:
 
 VALUES = {
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
-    "data.columns": ["a"],
+    "data.weights": [2.0], "data.new_tokens": ["<a>"], "data.columns": ["a"],
     "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
-    "data.augment.synonyms": "words.txt",
+    "data.augment.synonyms": "words.txt", "data.augment.noise": [5.0, 30.0], "data.augment.speed": [0.9],
     "data.system": "a", "data.label_separator": ";", "data.group_column": "a",
     "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3,
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",

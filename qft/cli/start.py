@@ -61,9 +61,13 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ),
             *_leaks(report),
             ("labels", _labels_text(report.labels)),
+            *(
+                (f"weight {m.weight:g}", f"{m.source}: {m.rows:,} rows to learn → {m.mixed_rows:,}")
+                for m in report.mixed
+            ),
             (
                 "used",
-                f"{report.train_rows:,} to learn{_copies_text(report.changed_copies)}, {report.validation_rows:,} to choose, "
+                f"{report.train_rows:,} to learn{_changed_text(report)}, {report.validation_rows:,} to choose, "
                 f"{report.eval_rows:,} to test",
             ),
             (
@@ -93,8 +97,9 @@ def _leaks(report: DataReport) -> list[tuple[str, str]]:
     return [("on both sides", text)]
 
 
-def _copies_text(copies: int) -> str:
-    return f" ({copies:,} of them changed copies)" if copies else ""
+def _changed_text(report: DataReport) -> str:
+    copies = f" ({report.changed_copies:,} of them changed copies)" if report.changed_copies else ""
+    return copies + (" (heard otherwise each time)" if report.heard_changed else "")
 
 
 def _labels_text(labels: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,8 @@ def _held_out(bundle: Bundle, rows: Path | None, recipe: Recipe, task: Task) -> 
     if rows is None:
         lines = (bundle.folder.parent.parent / "data/eval.jsonl").read_text("utf-8").splitlines()
         return [task.read(json.loads(line)) for line in lines]
-    examples, _ = to_examples(read_rows(rows, **layout_of(recipe)), shape_of(recipe, rows))
+    shape = replace(shape_of(recipe, [rows]), group_column=None)  # which matters to splits alone
+    examples, _ = to_examples(read_rows(rows, **layout_of(recipe)), shape)
     length = recipe.training.max_length
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 

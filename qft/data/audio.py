@@ -6,7 +6,7 @@ import functools
 import io
 import math
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,22 +35,22 @@ class Clip:
         return self.member or Path(self.path).name
 
 
-def find_clip(root: Path, name: str, where: str) -> Clip:
-    """The file `name` in a folder or a .tar. Raises InputError if it is not there."""
+def find_clip(roots: Sequence[Path], name: str, where: str) -> Clip:
+    """The file `name` in the first of some folders and .tar files that has it. Raises InputError if none has."""
+    for root in roots:
+        if not root.is_dir() and name in _members(str(root)):
+            return Clip(str(root), name)
+        if root.is_dir() and (root / name).is_file():
+            return Clip(str(root / name))
+    root = roots[0]
     if root.is_dir():
-        path = root / name
-        if not path.is_file():
-            raise InputError(
-                f"no sound file {path}", where=where, hint="paths start from data.audio_folder, or from the rows' file"
-            )
-        return Clip(str(path))
-    if name not in _members(str(root)):
-        raise InputError(
-            f"{root.name} has no file {name!r}",
-            where=where,
-            hint=f"it holds {', '.join([*_members(str(root))][:3])} …",
-        )
-    return Clip(str(root), name)
+        hint = "paths start from data.audio_folder, or from the rows' file"
+        raise InputError(f"no sound file {root / name}", where=where, hint=hint)
+    raise InputError(
+        f"{root.name} has no file {name!r}",
+        where=where,
+        hint=f"it holds {', '.join([*_members(str(root))][:3])} …",
+    )
 
 
 def samples(clip: Clip) -> np.ndarray:

@@ -33,7 +33,8 @@ class Example:
     label: the expected answer where rows have labels. labels: those it consists of, one unless rows may have several.
     clip: the sound whose transcript the answer is.
     group: what the row has in common with others that must lie on the same side of a split (a speaker, a document).
-    passage: a question with its context, of format qa. tools: functions that may be called.
+    passage: a question with its context, of format qa. tools: functions that may be called. source: number of its source in
+    data.train.
     """
 
     messages: tuple[Message, ...]
@@ -45,6 +46,7 @@ class Example:
     passage: Passage | None = None
     clip: Clip | None = None
     tools: tuple[Tool, ...] = ()
+    source: int = 0
 
     def key(self) -> str:
         """What decides the split: the prompt (tools, all turns but the last answer), case and white space folded."""
@@ -77,7 +79,7 @@ class Counts:
 class Shape:
     """How rows become examples: the data keys of a recipe that say so.
 
-    audio: the column of sound files' paths, and the folder or .tar that they start from; None where rows are not speech.
+    audio: the column of sound files' paths, and the folders and .tar files that they start from; None where rows are not speech.
     """
 
     format: str
@@ -88,7 +90,7 @@ class Shape:
     system: str | None
     label_separator: str | None = None
     group_column: str | None = None
-    audio: tuple[str, Path] | None = None
+    audio: tuple[str, Sequence[Path]] | None = None
 
 
 class _Empty(Exception):
@@ -102,6 +104,8 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
     name = _guess(rows[0], shape) if shape.format == "auto" else shape.format
     make = _FORMATS[name]
     bins = read_bins(shape.bins)
+    if shape.group_column and not any(shape.group_column in row.values for row in rows):
+        _column(rows[0], shape.group_column)
     several = name == "labels" and _several(rows, shape)
     shape = replace(shape, label_separator=shape.label_separator or ",") if several else shape
     examples: list[Example] = []
@@ -118,8 +122,8 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
         if not example.key() or not (several or example.passage or example.answer().strip()):
             empty += 1
         else:
-            group = text_of(_column(row, shape.group_column)) if shape.group_column else example.group
-            examples.append(_with_system(replace(example, group=group), shape.system))
+            group = text_of(row.values.get(shape.group_column)) or None if shape.group_column else example.group
+            examples.append(_with_system(replace(example, group=group, source=row.source), shape.system))
     labels = Counter(label for e in examples for label in e.labels or ())
     if name in ("labels", "evals") and len(labels) < 2:
         raise InputError(
@@ -239,10 +243,10 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
     """The path stands for the sound: rows with one path are one example, rows with the same words are not."""
     if shape.audio is None:
         raise InputError("data.format: speech is for task automatic-speech-recognition", where="data.format")
-    column, folder = shape.audio
+    column, folders = shape.audio
     path, text = text_of(_column(row, column)), text_of(_column(row, shape.text_column))
     messages = (Message("user", path), Message("assistant", text))
-    return Example(messages, None, None, row.where, clip=find_clip(folder, path, row.where))
+    return Example(messages, None, None, row.where, clip=find_clip(folders, path, row.where))
 
 
 def _evals(row: Row, shape: Shape, bins: Bins) -> Example:

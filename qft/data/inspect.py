@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from qft.data.encode import Encoded, EncodedRow
+from qft.data.mix import Mixed
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 
@@ -18,7 +19,9 @@ class DataReport:
     """Rows and tokens after preparing.
 
     leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
-    their own whose text was among the training rows. changed_copies: of training rows, among train_rows.
+    their own whose text was among the training rows. changed_copies: of training rows, among those that are mixed.
+    heard_changed: training rows whose sound is changed, otherwise each time. mixed: the sources of the training rows, where they
+    have weights.
     tokens, unknown_tokens: of all parts. shortened: rows whose prompt was, by max_length; cut: whose answer was.
     """
 
@@ -30,6 +33,8 @@ class DataReport:
     leaked: int
     also_in_train: int
     changed_copies: int
+    heard_changed: int
+    mixed: list[Mixed]
     cut: int
     nothing_in_loss: int
     tokens: int

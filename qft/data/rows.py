@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ _SHOWN_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One row: column → value, and where it stands (`reviews.tsv:12`)."""
+    """One row: column → value, and where it stands (`reviews.tsv:12`). source: number of its source in data.train."""
 
     values: dict[str, Any]
     where: str
+    source: int = 0
 
 
 def read_labelled_rows(path: Path, *, column: str, label: str, **how: Any) -> list[Row]:
@@ -37,7 +38,7 @@ def read_labelled_rows(path: Path, *, column: str, label: str, **how: Any) -> li
             where=row.where,
             hint="write data.train without labels, or another data.label_column",
         )
-    return [Row({**row.values, column: label}, row.where) for row in rows]
+    return [replace(row, values={**row.values, column: label}) for row in rows]
 
 
 def read_rows(path: Path, *, columns: list[str] | None, text_separator: str = "\n") -> list[Row]:

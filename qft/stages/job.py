@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from qft.data.labelled import LabelSet
+from qft.data.sound_changes import SoundChanges
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError, StageError
 from qft.files import write_text
@@ -48,6 +49,9 @@ def check_keys(recipe: Recipe) -> None:
         raise InputError(
             f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
         )
+    sound_changes(recipe)
+    if recipe.data.new_tokens and recipe.tuning.method == "head":
+        raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
     keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
     for key, value in keys.items():
         if value in ("full", "pissa") and recipe.quantization.base != "none":
@@ -56,6 +60,27 @@ def check_keys(recipe: Recipe) -> None:
                 where=key,
                 hint="write quantization.base: none",
             )
+
+
+def sound_changes(recipe: Recipe) -> SoundChanges:
+    """What happens to clips that are learnt from; false if nothing does. Raises InputError if the task hears nothing."""
+    keys = recipe.data.augment
+    if keys.noise is not None and len(keys.noise) != 2:
+        raise InputError("two figures are needed, from how many dB to how many", where="data.augment.noise")
+    noise = (min(keys.noise), max(keys.noise)) if keys.noise else None
+    changes = SoundChanges(noise, tuple(keys.speed or ()), **keys.spec_augment.model_dump())
+    hears = recipe.task == "automatic-speech-recognition"
+    if changes and not hears:
+        raise InputError(
+            f"noise, speed and spec_augment change sounds, which {recipe.task} has none of",
+            where="data.augment",
+            hint="write copies, with word_dropout, word_swap and synonyms, for texts",
+        )
+    if hears and keys.copies:
+        raise InputError(
+            "copies are of texts", where="data.augment.copies", hint="write noise, speed or spec_augment for sounds"
+        )
+    return changes
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qft.base_model import local_checkpoint
+from qft.base_tokens import with_new_tokens
 from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, around_place, to_examples
 from qft.data.inspect import DataReport, length_percentiles
 from qft.data.labelled import LabelSet
+from qft.data.mix import Mixed, mix
 from qft.data.rows import read_labelled_rows, read_rows
 from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, without_leaks
 from qft.data.tokenizer import TextTokenizer
@@ -23,7 +25,7 @@ from qft.files import folder_aside, write_text
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
-from qft.stages.job import Job, check_keys, make_task
+from qft.stages.job import Job, check_keys, make_task, sound_changes
 
 NEEDS: tuple[str, ...] = ()
 
@@ -61,7 +63,8 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         recipe.model,
         *(uri for uri, _ in _train_uris(recipe)),
         *_eval_uris(recipe),
-        *(uri for uri in (data.audio_folder, data.augment.synonyms) if uri),
+        *_audio_uris(recipe),
+        *([data.augment.synonyms] if data.augment.synonyms else []),
     ]
     return {
         "task": recipe.task,
@@ -89,6 +92,8 @@ def run(job: Job) -> Facts:
     model = _fetch(job, recipe.model, "model")
     base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
     without_labels.check_base(base)
+    if recipe.data.new_tokens:
+        base = with_new_tokens(base, recipe.data.new_tokens, sha256=model.sha256, cache=job.cache)
     tokenizer = TextTokenizer.load(base)
     sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
@@ -96,7 +101,7 @@ def run(job: Job) -> Facts:
     eval_sources = [_fetch(job, uri, "dataset") for uri in _eval_uris(recipe)]
     parts, leaks = _split(job, kept, eval_sources)
     copies = _copies(job, parts["train"])
-    parts["train"] += copies
+    parts["train"], mixed = _mixed(recipe, [*parts["train"], *copies])
     labels = _labels(parts["train"], counts)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
@@ -108,8 +113,10 @@ def run(job: Job) -> Facts:
     task.check_rows(encoded["train"])
     _write(job.run.data, encoded)
     used = {part: len(rows) - tallies[part].nothing_in_loss for part, rows in parts.items()}
+    heard_changed = used["train"] if sound_changes(recipe) else 0
+    changed = len(copies), heard_changed
     report = _report(
-        counts, duplicates, conflicts, leaks, len(copies), tallies, used, length_percentiles(encoded["train"])
+        counts, duplicates, conflicts, leaks, changed, mixed, tallies, used, length_percentiles(encoded["train"])
     )
     return Facts(
         base,
@@ -151,6 +158,19 @@ def _eval_uris(recipe: Recipe) -> list[str]:
     return [given] if isinstance(given, str) else given if isinstance(given, list) else []
 
 
+def _audio_uris(recipe: Recipe) -> list[str]:
+    given = recipe.data.audio_folder
+    return [given] if isinstance(given, str) else given or []
+
+
+def _mixed(recipe: Recipe, train: list[Example]) -> tuple[list[Example], list[Mixed]]:
+    """Training rows as often as data.weights says; nothing is counted where there are none."""
+    data = recipe.data
+    if data.weights is None:
+        return train, []
+    return mix(train, [label or uri for uri, label in _train_uris(recipe)], data.weights, seed=data.seed)
+
+
 def _fetch(job: Job, uri: str, kind: Any) -> Source:
     job.on_progress(Progress(f"fetch {uri.partition('/')[0]}", 0))
     return fetch(uri, relative_to=job.relative_to, cache=job.cache, repo_type=kind, on_progress=job.on_progress)
@@ -159,14 +179,15 @@ def _fetch(job: Job, uri: str, kind: Any) -> Source:
 def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[list[Example], Counts]:
     """sources: each with the label of all its rows."""
     rows, how, column = [], layout_of(job.recipe), job.recipe.data.label_column
-    for source, label in sources:
-        if label is None:
-            rows += read_rows(source.path, **how)
-        else:
-            rows += read_labelled_rows(source.path, column=column, label=label, **how)
-    keys = job.recipe.data
-    folder = _fetch(job, keys.audio_folder, "dataset").path if keys.audio_folder else sources[0][0].path
-    return to_examples(rows, shape_of(job.recipe, folder))
+    for number, (source, label) in enumerate(sources):
+        found = (
+            read_rows(source.path, **how)
+            if label is None
+            else read_labelled_rows(source.path, column=column, label=label, **how)
+        )
+        rows += [replace(row, source=number) for row in found]
+    folders = [_fetch(job, uri, "dataset").path for uri in _audio_uris(job.recipe)]
+    return to_examples(rows, shape_of(job.recipe, folders or [source.path for source, _ in sources]))
 
 
 def _copies(job: Job, train: Sequence[Example]) -> list[Example]:
@@ -184,10 +205,10 @@ def layout_of(recipe: Recipe) -> dict[str, Any]:
     return {"columns": recipe.data.columns, "text_separator": recipe.data.text_separator}
 
 
-def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
-    """How the recipe's rows become examples. rows_in: their file or folder, or the .tar where their sound files lie."""
+def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
+    """How the recipe's rows become examples. rows_in: their files or folders, or the .tar files where their sound files lie."""
     keys = recipe.data
-    folder = rows_in if rows_in.is_dir() or rows_in.suffix == ".tar" else rows_in.parent
+    folders = tuple(path if path.is_dir() or path.suffix == ".tar" else path.parent for path in rows_in)
     return Shape(
         keys.format,
         keys.text_column,
@@ -197,7 +218,7 @@ def shape_of(recipe: Recipe, rows_in: Path) -> Shape:
         keys.system,
         keys.label_separator,
         keys.group_column,
-        (keys.audio_column, folder) if recipe.task == "automatic-speech-recognition" else None,
+        (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
     )
 
 
@@ -226,7 +247,8 @@ def _report(
     duplicates: int,
     conflicts: int,
     leaks: Leaks,
-    copies: int,
+    changed: tuple[int, int],
+    mixed: list[Mixed],
     tallies: dict[str, EncodeCounts],
     used: dict[str, int],
     lengths: tuple[int, int, int],
@@ -244,7 +266,9 @@ def _report(
         conflicts=conflicts,
         leaked=leaks.train,
         also_in_train=leaks.held_out,
-        changed_copies=copies,
+        changed_copies=changed[0],
+        heard_changed=changed[1],
+        mixed=mixed,
         cut=total("cut"),
         nothing_in_loss=total("nothing_in_loss"),
         tokens=total("tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare
-from qft.stages.job import Job
+from qft.stages.job import Job, sound_changes
 from qft.tasks.registry import find_task
 
 if TYPE_CHECKING:
@@ -56,13 +57,15 @@ def outputs(job: Job) -> list[Path]:
 def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best step; measure it."""
     from qft.data.tokenizer import TextTokenizer
+    from qft.training.hearing import hearing
     from qft.training.loop import fine_tuning, train
     from qft.training.lora import trainable
     from qft.training.noise import add_noise
 
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    method, whole = method_of(recipe), recipe.tuning.method == "full"
+    new_tokens = [tokenizer.token_id(token) for token in recipe.data.new_tokens or ()]
+    method, whole = method_of(recipe, new_tokens), recipe.tuning.method == "full"
     base = job.load(folder, tokenizer, base=recipe.quantization.base, dtype="float32" if whole else None)
     forward = task.forward(tokenizer)
     rows, validation = job.rows("train"), job.rows("validation")
@@ -75,12 +78,14 @@ def run(job: Job, fingerprint: str) -> Facts:
         return forward.start(model, rows, validation, batch_size=size, on_progress=job.on_progress)
 
     add_noise(base, recipe.training.neftune_noise_alpha)
+    changes = sound_changes(recipe)
+    learning = hearing(forward, changes) if changes else forward
     result = train(
         model,
         rows,
         validation,
         _schedule(recipe),
-        fine_tuning(forward, label_smoothing=recipe.training.label_smoothing, start=start),
+        fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
         folder=job.run.checkpoints / "tune",
         metrics=job.run.metrics,
         plan=fingerprint,
@@ -94,13 +99,19 @@ def run(job: Job, fingerprint: str) -> Facts:
     )
 
 
-def method_of(recipe: Recipe) -> Method:
-    """The recipe's way of tuning."""
+def method_of(recipe: Recipe, new_tokens: Sequence[int | None] = ()) -> Method:
+    """The recipe's way of tuning. new_tokens: ids of data.new_tokens, for a model that is to learn them."""
     if recipe.tuning.method == "lora":
         from qft.training.lora import Lora
 
         keys = recipe.lora.model_dump()
-        return Lora(**keys, seed=recipe.training.seed, task_type=find_task(recipe.task).peft_type, base=recipe.model)
+        return Lora(
+            **keys,
+            seed=recipe.training.seed,
+            new_tokens=tuple(number for number in new_tokens if number is not None),
+            task_type=find_task(recipe.task).peft_type,
+            base=recipe.model,
+        )
     from qft.training.methods import Weights
 
     return Weights(recipe.tuning.method == "head", recipe.quantization.compute_dtype)

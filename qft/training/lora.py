@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qft.base_model import HEAD_PARTS
+from qft.base_model import HEAD_PARTS, make_head_input_contiguous
 from qft.errors import InputError
 from qft.libraries import quiet_transformers
 
@@ -20,8 +20,8 @@ class Lora:
     alpha: the adapter is scaled by alpha / r, with use_rslora by alpha / sqrt(r) (arXiv 2312.03732). use_dora: direction
     and size of a weight learn apart (arXiv 2402.09353). init_lora_weights: default (nothing at first), or pissa: the
     base's largest singular directions learn, the rest is frozen (arXiv 2404.02948). modules_to_save: layers that learn
-    whole. task_type: PEFT's name of the task, see above; None where PEFT's classes do not know the model's inputs. base:
-    what the adapter says it was trained on.
+    whole. new_tokens: ids whose rows of the embedding, and of a head of its own, learn. task_type: PEFT's name of the task,
+    see above; None where PEFT's classes do not know the model's inputs. base: what the adapter says it was trained on.
     """
 
     r: int
@@ -33,6 +33,7 @@ class Lora:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "default"
+    new_tokens: tuple[int, ...] = ()
     task_type: str | None = "CAUSAL_LM"
     base: str = ""
 
@@ -54,10 +55,14 @@ class Lora:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,  # type: ignore[arg-type]
+            trainable_token_indices=self._rows(model),
             task_type=self.task_type,
         )
         try:
-            return get_peft_model(model, config)
+            tuned = get_peft_model(model, config)
+            if self.new_tokens and model.get_output_embeddings() is not None:
+                make_head_input_contiguous(model)  # PEFT's layer of rows does not call the one that it wraps
+            return tuned
         except ValueError as error:
             names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "in_features")})
             raise InputError(
@@ -69,8 +74,20 @@ class Lora:
     def save(self, model: Any, folder: Path) -> None:
         """As PEFT saves it, without its empty model card."""
         model.peft_config["default"].base_model_name_or_path = self.base  # not this machine's cache
-        model.save_pretrained(str(folder))
+        # The tables have the base's rows and those that the adapter holds; PEFT would save them whole.
+        model.save_pretrained(str(folder), save_embedding_layers=False if self.new_tokens else "auto")
         (folder / "README.md").unlink(missing_ok=True)
+
+    def _rows(self, model: Any) -> dict[str, list[int]] | None:
+        """Table → ids of its rows that learn, as PEFT takes it; a tied head follows the embedding."""
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tables = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+        if self.new_tokens and getattr(head, "bias", None) is not None:
+            raise InputError("PEFT lets no rows of a head with a bias learn", where="data.new_tokens")
+        names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+        whole = self.modules_to_save or []
+        found = {name: list(self.new_tokens) for name in names if name.rpartition(".")[2] not in whole}
+        return found if self.new_tokens and found else None
 
     def merge(self, model: Any, folder: Path) -> Any:
         """The adapter merged into its (float) base. The sum is formed in float32 and rounded to the base's type once.

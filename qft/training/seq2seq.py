@@ -23,9 +23,10 @@ _TOGETHER = 8  # rows of a forward pass without gradients: an encoder's state ma
 
 @dataclass(frozen=True)
 class Seq2SeqForward:
-    """`Forward` for an encoder-decoder. reader_of: the model's reader."""
+    """`Forward` for an encoder-decoder. reader_of: the model's reader. learning_reader_of: another one for `loss`."""
 
     reader_of: Callable[[Any], Reader]
+    learning_reader_of: Callable[[Any], Reader] | None = None
 
     def start(
         self,
@@ -41,7 +42,8 @@ class Seq2SeqForward:
 
     def loss(self, model: Any, rows: Sequence[Pair], *, label_smoothing: float = 0.0) -> Tensor:
         """Sum of the cross entropy over target tokens, float32."""
-        logits, targets = torch.cat(self._logits(model, rows)), _targets(model, rows)
+        reader = (self.learning_reader_of or self.reader_of)(model)
+        logits, targets = torch.cat(self._logits(model, rows, reader)), _targets(model, rows)
         return cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     @torch.no_grad()
@@ -88,13 +90,13 @@ class Seq2SeqForward:
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
         return log_p.gather(-1, drawn.to(log_p.device)).sum(), row.targets
 
-    def _logits(self, model: Any, rows: Sequence[Pair]) -> list[Tensor]:
-        """float32 (targets, vocabulary) of each row: what is said where a target follows."""
+    def _logits(self, model: Any, rows: Sequence[Pair], reader: Reader | None = None) -> list[Tensor]:
+        """float32 (targets, vocabulary) of each row: what is said where a target follows. reader: another than the model's."""
         fed = [row.fed.ids for row in rows]
         width = max(map(len, fed))
         # Rows are filled up on the right, where a causal decoder never looks from.
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in fed], device=model.device)
-        sources = as_tensors(self.reader_of(model)([row.source for row in rows]), model)
+        sources = as_tensors((reader or self.reader_of(model))([row.source for row in rows]), model)
         logits = model(**sources, decoder_input_ids=ids, use_cache=False).logits
         return [
             found[row.answer_start - 1 : len(row.input_ids) - 1].float()

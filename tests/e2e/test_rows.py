@@ -64,3 +64,29 @@ def test_test_rows_from_several_files(
     found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))
     assert (found["data"]["eval_rows"], found["data"]["leaked"]) == (20, 0)
     assert [Path(source["uri"]).name for source in found["sources"][1:]] == ["train.jsonl", "test.jsonl", "more.jsonl"]
+
+
+def test_sources_are_mixed_by_weight_and_held_out_rows_are_not(
+    tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]], typed: Type
+) -> None:
+    for name, some in (("a", reviews[:54]), ("b", reviews[54:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ndata: {{train: [a.jsonl, b.jsonl], weights: [2.5, 0], eval: 20, validation: 10}}\n"
+    )
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["data"]
+    first, second = found["mixed"]
+    assert first["rows"] + second["rows"] == 78
+    assert (first["mixed_rows"], second["mixed_rows"]) == (2 * first["rows"] + round(first["rows"] / 2), 0)
+    assert found["train_rows"] == first["mixed_rows"]
+    assert (found["validation_rows"], found["eval_rows"]) == (10, 20)
+    folder = tmp_path / "runs/recipe/data"
+    assert {json.loads(line)["where"].split(":")[0] for line in (folder / "train.jsonl").open()} == {"a.jsonl"}
+    assert {json.loads(line)["where"].split(":")[0] for line in (folder / "eval.jsonl").open()} == {
+        "a.jsonl",
+        "b.jsonl",
+    }
+    assert "weight 2.5" in typed(tmp_path, "qft plan recipe.yaml").stdout
+    wrong = typed(tmp_path, "qft plan recipe.yaml data.weights=[1,2,3]")
+    assert wrong.returncode == 2
+    assert "data.weights" in wrong.stderr

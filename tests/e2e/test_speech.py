@@ -108,11 +108,25 @@ def test_predict_eval_and_check(spoken: Path, typed: Type) -> None:
     assert "words wrong" in (spoken / "runs/recipe/report.html").read_text()
 
 
+def test_clips_are_changed_while_it_learns_and_counted(spoken: Path, typed: Type) -> None:
+    plain = as_json(typed(spoken, "qft tune recipe.yaml training.epochs=0.2 name=plain --json"))
+    words = "data.augment.noise=[10,30] data.augment.speed=[0.9,1.1] data.augment.spec_augment.time_masks=1"
+    found = as_json(typed(spoken, f"qft tune recipe.yaml training.epochs=0.2 name=changed {words} --json"))
+    assert (plain["data"]["heard_changed"], found["data"]["heard_changed"]) == (0, found["data"]["train_rows"])
+    before, after = ({step["stage"]: step["loss"] for step in each["waterfall"]} for each in (plain, found))
+    assert before["base"] == after["base"]
+    assert before["tuned"] != after["tuned"]
+    assert "heard otherwise each time" in typed(spoken, f"qft plan recipe.yaml name=changed {words}").stdout
+
+
 def test_what_a_recogniser_cannot_do_is_said(spoken: Path, typed: Type) -> None:
     for line, words in (
         ("data.audio_column=sound name=a", "no column 'sound'"),
         ("data.audio_folder=runs name=b", "no sound file"),
         ("evaluation.metric=perplexity name=c", "evaluation.metric"),
+        ("data.augment.copies=1 name=d", "noise, speed or spec_augment"),
+        ("data.augment.noise=[5] name=e", "data.augment.noise"),
+        ("data.augment.speed=[3] name=f", "data.augment.speed"),
     ):
         done = typed(spoken, f"qft tune recipe.yaml {line}")
         assert done.returncode == 2
