@@ -16,17 +16,24 @@ def counter(folder: Path, name: str, microjoules: int) -> Path:
     package = folder / name
     package.mkdir()
     (package / "max_energy_range_uj").write_text(f"{RANGE}\n")
-    (package / "energy_uj").write_text(f"{microjoules}\n")
+    show(package / "energy_uj", microjoules)
     return package / "energy_uj"
+
+
+def show(counter: Path, microjoules: int) -> None:
+    """At once, as the system does: a reader never finds half a number."""
+    aside = counter.with_suffix(".new")
+    aside.write_text(f"{microjoules}\n")
+    aside.replace(counter)
 
 
 def test_counters_of_all_processors_are_added_and_their_parts_are_not(tmp_path: Path) -> None:
     first, second = counter(tmp_path, "intel-rapl:0", 1_000), counter(tmp_path, "intel-rapl:1", 50)
     part = counter(tmp_path, "intel-rapl:0:0", 0)
     with energy_meter(tmp_path) as meter:
-        first.write_text("5001000")
-        second.write_text("2000050")
-        part.write_text("900000000")
+        show(first, 5_001_000)
+        show(second, 2_000_050)
+        show(part, 900_000_000)
     assert meter.energy == Energy(7.0, "counted")
 
 
@@ -34,7 +41,7 @@ def test_a_counter_may_begin_anew_more_than_once(tmp_path: Path) -> None:
     one = counter(tmp_path, "intel-rapl:0", RANGE - 1_000_000)
     with energy_meter(tmp_path, look_seconds=0.01) as meter:
         for microjoules in (2_000_000, RANGE // 2, RANGE - 1, 3_000_000):
-            one.write_text(str(microjoules))
+            show(one, microjoules)
             time.sleep(0.1)
     assert meter.energy is not None
     assert meter.energy.joules == pytest.approx((RANGE + 4_000_000) / 1e6)
