@@ -61,7 +61,8 @@ class Quality:
     ended_percent: those that the model ended by itself. preferred_percent: rows where the right label's first token is
     likelier than the other labels' (None if labels begin alike). macro_f1_percent, calibration_error_percent: see
     `classification`; word_error_percent, character_error_percent: see `transcripts`. exact_match_percent: questions answered
-    with the words of a right answer; f1_percent: see `answers`. agreement: with the tuned model, where there is one.
+    with the words of a right answer; f1_percent: see `answers`. bleu, chrf: of translations, with sacrebleu's signatures of both.
+    agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -81,6 +82,9 @@ class Quality:
     calibration_error_percent: float | None = None
     exact_match_percent: float | None = None
     f1_percent: float | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    signatures: tuple[str, ...] = ()
     agreement: Agreement | None = None
 
 
@@ -101,6 +105,11 @@ class Measuring:
 def higher_is_better(metric: str) -> bool:
     """The good direction of a headline metric."""
     return metric not in ("perplexity", "wer", "cer")
+
+
+def in_percent(metric: str) -> bool:
+    """Whether a headline metric is a share; others are figures of their own."""
+    return metric not in ("perplexity", "bleu", "chrf")
 
 
 def measure(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from qft.base_new import is_new
 from qft.data.labelled import LabelSet
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError, StageError
@@ -48,6 +49,8 @@ def check_keys(recipe: Recipe) -> None:
         raise InputError(
             f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
         )
+    if is_new(recipe.model):
+        _check_new(recipe)
     keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
     for key, value in keys.items():
         if value in ("full", "pissa") and recipe.quantization.base != "none":
@@ -56,6 +59,24 @@ def check_keys(recipe: Recipe) -> None:
                 where=key,
                 hint="write quantization.base: none",
             )
+
+
+def _check_new(recipe: Recipe) -> None:
+    """What a model from nothing needs: all of it learns, and there is nothing yet that 4 bits could hold."""
+    wanted = {"tuning.method": (recipe.tuning.method, "full"), "quantization.base": (recipe.quantization.base, "none")}
+    wrong = {key: right for key, (value, right) in wanted.items() if value != right}
+    if wrong:
+        raise InputError(
+            f"{recipe.model} is a configuration: a new model is made, and all of it must learn",
+            where=next(iter(wrong)),
+            hint=" and ".join(f"write {key}: {right}" for key, right in wrong.items()),
+        )
+    if recipe.task not in ("text-generation", "translation"):
+        raise InputError(
+            f"a new model is made for text-generation or translation, not for {recipe.task}",
+            where="model",
+            hint="give a model that has been trained",
+        )
 
 
 @dataclass(frozen=True)
