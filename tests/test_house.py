@@ -38,6 +38,7 @@ LEVELS = [
         "sources_pypi",
         "base_ctranslate2",
         "base_gguf",
+        "base_new",
         "base_model",
         "base_tokens",
         "targets",
@@ -116,7 +117,8 @@ def fresh(code: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["qft.bundle.manifest", "qft.bundle.golden", "qft.bundle.assets", "qft.measure.quality",
-                                  "qft.measure.parity", "qft.measure.speed", "qft.measure.transcripts", "qft.cli.use"])  # fmt: skip
+                                  "qft.measure.parity", "qft.measure.speed", "qft.measure.transcripts", "qft.measure.translations",
+                                  "qft.cli.use"])  # fmt: skip
 def test_a_bundle_is_opened_and_measured_without_torch(name: str) -> None:
     found = fresh(f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
     assert found.strip() == "[]"
@@ -167,7 +169,8 @@ VALUES = {
     "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",
     "data.augment.synonyms": "words.txt", "data.augment.noise": [5.0, 30.0], "data.augment.speed": [0.9],
     "data.system": "a", "data.label_separator": ";", "data.group_column": "a",
-    "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3,
+    "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3, "translation.source": "a",
+    "translation.target": "a",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
     "lora.modules_to_save": ["embed_tokens"],
 }  # fmt: skip

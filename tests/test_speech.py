@@ -310,6 +310,6 @@ def test_a_text_is_answered_alike_under_onnxruntime(translator: Any, tmp_path: P
     shipped = Seq2SeqRunner(OnnxNetwork(encoder, decoder, reader=TextReader(0)), Rules())
     tuned = Seq2SeqRunner(TorchNetwork(translator, TextReader(0)), Rules())
     fed, prompts = [row.fed for row in pairs()], [row.prompt for row in pairs()]
-    np.testing.assert_allclose(shipped.logits(fed, 8), tuned.logits(fed, 8), atol=2e-3)  # weights are large: float32
+    np.testing.assert_allclose(shipped.logits(fed, 8), tuned.logits(fed, 8), atol=5e-3)  # weights are large: float32
     found = [runner.generate(prompts, max_new_tokens=6, stop_ids=(1,)) for runner in (shipped, tuned)]
     assert found[0] == found[1]

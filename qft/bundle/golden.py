@@ -33,7 +33,7 @@ class Runner(Protocol):
 class GoldenCase:
     """prompt and answer: token ids; top_ids, top_logits: (answer positions, 5), the teacher-forced best logits.
 
-    clip: the sound file inside the bundle that the answer is to, where there is one.
+    clip: the sound file inside the bundle that the answer is to, where there is one; source: the token ids of the text.
     """
 
     prompt: list[int]
@@ -43,10 +43,13 @@ class GoldenCase:
     top_logits: list[list[float]]
     free_running: bool
     clip: str | None = None
+    source: list[int] | None = None
 
     def fed(self, folder: Path) -> Any:
         """The prompt as a runner is given it. folder: the bundle's."""
         ids = tuple(self.prompt)
+        if self.source is not None:
+            return Given(tuple(self.source), ids)
         return ids if self.clip is None else Given(Clip(str(inside(folder, self.clip))), ids)
 
 
@@ -85,6 +88,7 @@ def make_cases(
                 order.tolist(),
                 np.round(best, 4).tolist(),
                 margin >= FREE_MARGIN,
+                source=list(prompt.source) if isinstance(prompt, Given) and isinstance(prompt.source, tuple) else None,
             )
         )
     return cases

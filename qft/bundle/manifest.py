@@ -14,14 +14,14 @@ from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.classifier import OnnxClassifier
 from qft.bundle.constrained import Choice, Labels, Schema
 from qft.bundle.reader import Found, OnnxReader, Reading, find
-from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, SpeechReader, speech_prompt
+from qft.bundle.seq2seq import OnnxNetwork, Reader, Rules, Seq2SeqRunner, SpeechReader, TextReader, speech_prompt
 from qft.bundle.session import OnnxRunner
 from qft.data.audio import Clip, cut
 from qft.data.conversations import Tool, read_conversation, written_out
 from qft.data.examples import around_place
 from qft.data.labelled import shortened
 from qft.data.passages import NO_ANSWER, Passage
-from qft.data.sequences import MOST_TOKENS, Given
+from qft.data.sequences import MOST_TOKENS, Given, source_of, start_of
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
@@ -32,6 +32,7 @@ _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
     "automatic-speech-recognition": Seq2SeqRunner,
+    "translation": Seq2SeqRunner,
 }
 
 
@@ -141,11 +142,11 @@ class Bundle:
     @property
     def transcribes(self) -> bool:
         """Whether it is given sound files."""
-        return self._kind is Seq2SeqRunner
+        return self.manifest["task"] == "automatic-speech-recognition"
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
         """A session on the model: an OnnxClassifier, an OnnxReader, a Seq2SeqRunner, or an OnnxRunner that writes."""
-        if self.transcribes:
+        if self._kind is Seq2SeqRunner:
             encoder, decoder = self.models.values()
             network = OnnxNetwork(encoder, decoder, reader=self.reader, threads=threads, provider=provider)
             return Seq2SeqRunner(network, Rules.of(read_generation(self.folder)))
@@ -168,6 +169,8 @@ class Bundle:
             return [self.find(*question_of(line), runner) for line in lines]
         if self.transcribes:
             return self.transcribe(lines, runner)
+        if self._kind is Seq2SeqRunner:
+            return self.translate(lines, runner, max_new_tokens=max_new_tokens)
         if self.classifies:
             return self.classify(lines, runner)
         if schema is not None:
@@ -178,21 +181,29 @@ class Bundle:
         return self.answer(lines, runner, max_new_tokens=max_new_tokens)
 
     @property
-    def reader(self) -> SpeechReader:
-        """How sound becomes features."""
-        return SpeechReader.load(self.folder)
+    def reader(self) -> Reader:
+        """How sound becomes features, or texts a batch of token ids."""
+        return SpeechReader.load(self.folder) if self.transcribes else TextReader(self.tokenizer.pad_id)
 
     def transcribe(self, paths: list[str], runner: Seq2SeqRunner) -> list[Answer]:
         """What is said in each sound file; long ones are cut at quiet places and put together again."""
         prompt, stops = speech_prompt(self.tokenizer), self.tokenizer.stop_ids
         most = min(self.manifest["max_length"], MOST_TOKENS) - len(prompt)
-        answers = []
+        answers, seconds = [], SpeechReader.load(self.folder).seconds
         for path in paths:
-            clips = [Given(clip, prompt) for clip in cut(Clip(path), self.reader.seconds)]
+            clips = [Given(clip, prompt) for clip in cut(Clip(path), seconds)]
             written = [runner.generate([clip], max_new_tokens=most, stop_ids=stops)[0] for clip in clips]
             text = " ".join(self.tokenizer.decode(ids).strip() for ids in written)
             answers.append(Answer(text, all(ids[-1] in stops for ids in written), sum(map(len, written))))
         return answers
+
+    def translate(self, texts: list[str], runner: Seq2SeqRunner, *, max_new_tokens: int) -> list[Answer]:
+        """Each text's translation; of a text longer than training.max_length its beginning's."""
+        start, stops, length = start_of(self.tokenizer), self.tokenizer.stop_ids, self.manifest["max_length"]
+        given = [Given(source_of(self.content(text), self.tokenizer, length), start) for text in texts]
+        most = min(max_new_tokens, MOST_TOKENS - len(start))
+        written = runner.generate(given, max_new_tokens=most, stop_ids=stops)
+        return [Answer(self.tokenizer.decode(ids).strip(), ids[-1] in stops, len(ids)) for ids in written]
 
     def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
         """Each text's label."""

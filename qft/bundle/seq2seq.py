@@ -16,11 +16,23 @@ import onnxruntime as ort
 
 from qft.bundle.session import open_session
 from qft.data.audio import Clip, log_mel, samples
-from qft.data.sequences import Given, Source
+from qft.data.sequences import Given, Source, positions
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 
-_AT_A_TIME = 4  # sources: attention over Whisper's 1,500 positions takes 54 MB a layer of each
+_MOST_POSITIONS = 6_000  # of the sources fed together: attention over Whisper's 1,500 takes 54 MB a layer of each
+_MOST_SOURCES = 64
+
+
+def _cuts(sources: Sequence[Source]) -> list[slice]:
+    """Neighbours that are fed together, in order: few long ones, many short ones."""
+    cuts, start, longest = [], 0, 0
+    for number, source in enumerate(sources):
+        longest, count = max(longest, positions(source)), number - start + 1
+        if count > 1 and (count > _MOST_SOURCES or count * longest > _MOST_POSITIONS):
+            cuts.append(slice(start, number))
+            start, longest = number, positions(source)
+    return [*cuts, slice(start, len(sources))] if sources else []
 
 
 class Network(Protocol):
@@ -43,7 +55,9 @@ class Rules:
     @classmethod
     def of(cls, generation: dict[str, Any]) -> Rules:
         """As a generation_config says."""
-        return cls(tuple(generation.get("suppress_tokens") or ()), tuple(generation.get("begin_suppress_tokens") or ()))
+        words = generation.get("bad_words_ids") or ()  # as Marian says that padding is never written
+        never = (*(generation.get("suppress_tokens") or ()), *(word[0] for word in words if len(word) == 1))
+        return cls(never, tuple(generation.get("begin_suppress_tokens") or ()))
 
     def choose(self, logits: np.ndarray, *, first: bool) -> list[int]:
         """The likeliest allowed id of each row of logits (rows, vocabulary)."""
@@ -65,8 +79,8 @@ class Seq2SeqRunner:
     def logits(self, rows: Sequence[Given], keep: int) -> np.ndarray:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of every row; before a short row's are zeros."""
         states, parts = self._encoded([row.source for row in rows]), []
-        for start in range(0, len(rows), _AT_A_TIME):
-            some = rows[start : start + _AT_A_TIME]
+        for cut in _cuts([row.source for row in rows]):
+            some = rows[cut]
             width = max(map(len, some))
             ids = np.array([[*row.ids, *[row.ids[-1]] * (width - len(row))] for row in some], dtype=np.int64)
             found, _ = self.network.decode(ids, [states[row.source] for row in some], None)
@@ -78,8 +92,8 @@ class Seq2SeqRunner:
     def generate(self, prompts: Sequence[Given], *, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         """Greedy answers; each ends with its stop token if one came. All prompts are of one length."""
         states, out = self._encoded([prompt.source for prompt in prompts]), []
-        for start in range(0, len(prompts), _AT_A_TIME):
-            some = prompts[start : start + _AT_A_TIME]
+        for cut in _cuts([prompt.source for prompt in prompts]):
+            some = prompts[cut]
             out += self._written(some, [states[p.source] for p in some], max_new_tokens, stop_ids)
         return out
 
@@ -102,8 +116,8 @@ class Seq2SeqRunner:
     def _encoded(self, sources: Sequence[Source]) -> dict[Source, Any]:
         self._states = {source: self._states[source] for source in sources if source in self._states}
         missing = [source for source in dict.fromkeys(sources) if source not in self._states]
-        for start in range(0, len(missing), _AT_A_TIME):
-            some = missing[start : start + _AT_A_TIME]
+        for cut in _cuts(missing):
+            some = missing[cut]
             self._states |= zip(some, self.network.encode(some), strict=True)
         return self._states
 

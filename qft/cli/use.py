@@ -14,7 +14,7 @@ from qft.bundle.chat import Conversation
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
 from qft.cli.options import find_run, on_runs, shared
-from qft.console import Screen, print_json, print_line, print_piece, print_table, typed_lines, value_text
+from qft.console import Screen, print_json, print_line, print_piece, print_table, typed_lines
 from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
@@ -24,7 +24,7 @@ from qft.measure.speed import mb
 from qft.progress import silent
 from qft.recipe import Recipe
 from qft.recipe_loader import load_recipe
-from qft.report.summary import WaterfallStep
+from qft.report.summary import WaterfallStep, value_text
 from qft.stages.job import make_task
 from qft.stages.prepare import layout_of, shape_of
 from qft.tasks.registry import Task

@@ -17,6 +17,7 @@ from qft.data.passages import Passage, read_passage
 from qft.data.rows import Row
 from qft.errors import InputError
 
+_SIDES = ("translation.source", "translation.target")
 _PAIRS = (
     ("prompt", "completion"),
     ("question", "answer"),
@@ -80,6 +81,7 @@ class Shape:
     """How rows become examples: the data keys of a recipe that say so.
 
     audio: the column of sound files' paths, and the folders and .tar files that they start from; None where rows are not speech.
+    translation: the columns of a text and of its translation; None where rows are not translated.
     """
 
     format: str
@@ -91,6 +93,7 @@ class Shape:
     label_separator: str | None = None
     group_column: str | None = None
     audio: tuple[str, Sequence[Path]] | None = None
+    translation: tuple[str, str] | None = None
 
 
 class _Empty(Exception):
@@ -143,6 +146,8 @@ def _guess(row: Row, shape: Shape) -> str:
     columns = set(row.values)
     if shape.audio is not None:
         return "speech"
+    if shape.translation is not None:
+        return "translation"
     if columns & {"messages", "conversations"}:
         return "messages"
     if {"instruction", "output"} <= columns:
@@ -173,14 +178,15 @@ def _with_system(example: Example, system: str | None) -> Example:
     return replace(example, messages=(Message("system", system), *rest))
 
 
-def _column(row: Row, name: str) -> Any:
+def _column(row: Row, name: str, key: str = "data.columns") -> Any:
+    """key: of the recipe, that names columns."""
     if name in row.values:
         return row.values[name]
     near = difflib.get_close_matches(name, row.values, 1)
     raise InputError(
         f"no column {name!r}; there are {', '.join(row.values)}",
         where=row.where,
-        hint=f"did you mean {near[0]!r}?" if near else "name the columns with data.columns",
+        hint=f"did you mean {near[0]!r}?" if near else f"name the columns with {key}",
     )
 
 
@@ -249,6 +255,17 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
     return Example(messages, None, None, row.where, clip=find_clip(folders, path, row.where))
 
 
+def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
+    """Two columns, or, as the hub's sets of translations have it, two keys of a column `translation`."""
+    if shape.translation is None:
+        raise InputError("data.format: translation is for task translation", where="data.format")
+    inner = row.values.get("translation")
+    row = Row(inner, row.where) if isinstance(inner, dict) else row
+    source, target = (text_of(_column(row, name, key)) for name, key in zip(shape.translation, _SIDES, strict=True))
+    asked = fill(shape.prompt, row) if shape.prompt and source.strip() else source
+    return Example((Message("user", asked), Message("assistant", target)), None, None, row.where)
+
+
 def _evals(row: Row, shape: Shape, bins: Bins) -> Example:
     """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
     ideal = _column(row, "ideal")
@@ -268,6 +285,7 @@ _FORMATS: dict[str, Callable[[Row, Shape, Bins], Example]] = {
     "evals": _evals,
     "qa": _qa,
     "speech": _speech,
+    "translation": _translation,
 }
 
 

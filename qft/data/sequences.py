@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from qft.data.audio import RATE, Clip, samples
 from qft.data.encode import EncodeCounts
 from qft.data.examples import Example
+from qft.data.labelled import shortened
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.progress import OnProgress, Progress, silent
@@ -15,6 +16,12 @@ from qft.progress import OnProgress, Progress, silent
 MOST_TOKENS = 448  # positions of every Whisper's decoder
 
 Source = Clip | tuple[int, ...]  # speech, or the token ids of a text
+_CLIP_POSITIONS = 1_500  # of Whisper's encoder, at most
+
+
+def positions(source: Source) -> int:
+    """How many positions an encoder makes of a source, at most."""
+    return _CLIP_POSITIONS if isinstance(source, Clip) else len(source)
 
 
 @dataclass(frozen=True)
@@ -107,3 +114,53 @@ def pair_speech(
         )
     tokens, targets = sum(len(row.input_ids) for row in rows), sum(row.targets for row in rows)
     return rows, EncodeCounts(0, len(examples) - len(rows), 0, tokens, targets)
+
+
+def start_of(tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """What a translator's decoder begins with. Raises InputError if the model does not say."""
+    if tokenizer.start_id is None:
+        raise InputError(
+            "the model does not say what its decoder begins with",
+            where="model",
+            hint="write decoder_start_token_id into its config.json (Marian's and T5's is pad_token_id)",
+        )
+    return (tokenizer.start_id,)
+
+
+def source_of(text: str, tokenizer: TextTokenizer, max_length: int) -> tuple[int, ...]:
+    """A text as an encoder reads it, with its end token; what is beyond `max_length` tokens is cut off."""
+    return tuple(shortened(tokenizer.encode(text, add_special_tokens=True), tokenizer, max_length))
+
+
+def pair_texts(
+    examples: Sequence[Example], tokenizer: TextTokenizer, *, max_length: int, on_progress: OnProgress = silent
+) -> tuple[list[Pair], EncodeCounts]:
+    """Encode every text with its translation; rows with a side longer than `max_length` tokens are dropped: a part of one would go
+    with the whole of the other.
+
+    Raises InputError if a row has no text to translate, or none is left.
+    """
+    start, rows, unknown = start_of(tokenizer), [], 0
+    for number, example in enumerate(examples):
+        if number % 500 == 0:
+            on_progress(Progress("tokenize", number, len(examples), "rows"))
+        if len(example.messages) < 2 or example.clip is not None:
+            raise InputError(
+                "the rows have no translations",
+                where=example.where,
+                hint="name the columns with translation.source and translation.target",
+            )
+        source = tuple(tokenizer.encode(example.messages[-2].content, add_special_tokens=True))
+        ids = (*start, *tokenizer.encode(example.answer().strip()), tokenizer.eos_id)
+        if max(len(source), len(ids)) <= min(max_length, MOST_TOKENS):
+            rows.append(Pair(source, ids, len(start), example.answer().strip(), example.where))
+            unknown += (source + ids).count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
+    if examples and not rows:
+        raise InputError(
+            f"all {len(examples)} rows are longer than {max_length} tokens on one side",
+            where="training.max_length",
+            hint="raise it",
+        )
+    tokens = sum(positions(row.source) + len(row.input_ids) for row in rows)
+    dropped = len(examples) - len(rows)
+    return rows, EncodeCounts(0, dropped, unknown, tokens, sum(row.targets for row in rows))

@@ -39,8 +39,15 @@ class TextTokenizer:
     """tokenizer.json, the special tokens and the chat template of a model folder."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, settings: dict[str, Any], template: str | None, eos_ids: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        *,
+        settings: dict[str, Any],
+        template: str | None,
+        eos_ids: Sequence[int],
+        start_id: int | None = None,
     ) -> None:
+        """start_id: what the decoder of an encoder-decoder begins with."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -48,6 +55,7 @@ class TextTokenizer:
         self._template = template
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.start_id = start_id
         self.unk_id = self._special("unk_token")
         self.bos_id = self._special("bos_token")
         starts = {i for i in self.special_ids if any(m in (tokenizer.id_to_token(i) or "") for m in _START_MARKS)}
@@ -84,7 +92,8 @@ class TextTokenizer:
         template = separate.read_text(encoding="utf-8") if separate.exists() else settings.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        return cls(tokenizer, settings=settings, template=template, eos_ids=_eos_ids(folder, tokenizer, settings))
+        eos_ids, start = _eos_ids(folder, tokenizer, settings), _configured(folder, "decoder_start_token_id")
+        return cls(tokenizer, settings=settings, template=template, eos_ids=eos_ids, start_id=start)
 
     @property
     def has_chat_template(self) -> bool:
@@ -209,14 +218,19 @@ class TextTokenizer:
 
 def _eos_ids(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> list[int]:
     """generation_config over config over tokenizer_config: converted tokenizers often name the wrong token."""
-    for name in ("generation_config.json", "config.json"):
-        found = _json(folder / name).get("eos_token_id")
-        if found is not None:
-            return list(found) if isinstance(found, list) else [found]
+    found = _configured(folder, "eos_token_id")
+    if found is not None:
+        return list(found) if isinstance(found, list) else [found]
     text = settings.get("eos_token")
     text = text["content"] if isinstance(text, dict) else text
     found = tokenizer.token_to_id(text) if text else None
     return [] if found is None else [found]
+
+
+def _configured(folder: Path, key: str) -> Any:
+    """A key of generation_config.json, else of config.json; None if neither has it."""
+    found = (_json(folder / name).get(key) for name in ("generation_config.json", "config.json"))
+    return next((value for value in found if value is not None), None)
 
 
 def _json(path: Path) -> dict[str, Any]:

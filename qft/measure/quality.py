@@ -60,7 +60,8 @@ class Quality:
     preferred_percent: rows where the right label's first token is likelier than the other labels' (None if labels begin
     alike). macro_f1_percent, calibration_error_percent: see `classification`; word_error_percent, character_error_percent:
     see `transcripts`. exact_match_percent: answers with the words of a right one, or equal calls; f1_percent: see `answers`.
-    tool_calls: where some answers that were written should be calls. agreement: with the tuned model, where there is one.
+    tool_calls: where some answers that were written should be calls. bleu, chrf: of translations, with sacrebleu's signatures of
+    both. agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -82,6 +83,9 @@ class Quality:
     f1_percent: float | None = None
     written: int | None = None
     tool_calls: ToolCalls | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    signatures: tuple[str, ...] = ()
     agreement: Agreement | None = None
 
 
@@ -105,6 +109,11 @@ class Measuring:
 def higher_is_better(metric: str) -> bool:
     """The good direction of a headline metric."""
     return metric not in ("perplexity", "wer", "cer")
+
+
+def in_percent(metric: str) -> bool:
+    """Whether a headline metric is a share; others are figures of their own."""
+    return metric not in ("perplexity", "bleu", "chrf")
 
 
 def batches(lengths: Sequence[int], batch_size: int, most_tokens: int = MOST_TOKENS) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""How fast a bundle is, in a fresh process without torch: one that writes, classifies or hears.
+"""How fast a bundle is, in a fresh process without torch: one that writes, classifies, translates or hears.
 
 Run as `python -m qft.measure.speed BUNDLE SETTINGS_JSON`; prints one JSON object.
 """
@@ -43,7 +43,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class ClassifierSpeed:
-    """latency_seconds: of one text alone; texts_per_second: in batches of 32 as long as they come. tokens: of a text, on the mean."""
+    """Of texts classified or translated. latency_seconds: of one alone; texts_per_second: in batches of 32 as long as they come.
+
+    tokens: of a text, on the mean.
+    """
 
     provider: str
     threads: int
@@ -185,41 +188,51 @@ def measure_in_fresh_process(
     return TypeAdapter(AnySpeed).validate_python(found)
 
 
-def _measure_classifier(
-    folder: Path, *, rows: list[list[int]], trials: int, threads: int, provider: str
+def _measure_texts(
+    folder: Path, *, rows: list[list[int]], trials: int, threads: int, provider: str, new_tokens: int | None = None
 ) -> ClassifierSpeed:
+    """new_tokens: the most that are written for each text; None where texts are classified."""
     from qft.bundle.manifest import Bundle
+    from qft.data.sequences import Given, start_of
 
     with peak_memory() as peak:
         began = time.perf_counter()
         bundle = Bundle.load(folder)
         runner = bundle.runner(threads=threads, provider=provider)
         load = time.perf_counter() - began
+
+        def ask(some: list[list[int]]) -> None:
+            if new_tokens is None:
+                runner.logits(some, 1)
+                return
+            given = [Given(tuple(row), start_of(bundle.tokenizer)) for row in some]
+            runner.generate(given, max_new_tokens=new_tokens, stop_ids=bundle.stop_ids)
+
         alone: list[float] = []
         batched: list[float] = []
         for trial in range(trials + 1):
             seconds = []
             for row in rows:
                 began = time.perf_counter()
-                runner.logits([row], 1)
+                ask([row])
                 seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
             for start in range(0, len(rows), _BATCH):
-                runner.logits(rows[start : start + _BATCH], 1)
+                ask(rows[start : start + _BATCH])
             together = time.perf_counter() - began
             if trial:  # the first is warm-up
                 alone.append(statistics.median(seconds))
                 batched.append(len(rows) / together)
     return ClassifierSpeed(
         provider,
-        runner.threads,
+        runner.threads if new_tokens is None else runner.network.threads,
         trials,
         statistics.fmean(map(len, rows)),
         load,
         Spread.of(alone),
         Spread.of(batched),
         peak.bytes,
-        _model_bytes(bundle.models["model"]),
+        sum(map(_model_bytes, bundle.models.values())),
     )
 
 
@@ -304,7 +317,7 @@ def _measure(folder: Path, *, prompt_tokens: int, new_tokens: int, trials: int, 
 if __name__ == "__main__":
     try:
         wanted = json.loads(sys.argv[2])
-        kind = _measure_speech if "clips" in wanted else _measure_classifier if "rows" in wanted else _measure
+        kind = _measure_speech if "clips" in wanted else _measure_texts if "rows" in wanted else _measure
         found = kind(Path(sys.argv[1]), **wanted)
         print(json.dumps(asdict(found)))  # noqa: T201 - a worker's answer
     except InputError as error:

@@ -15,6 +15,7 @@ from qft.errors import InputError
 from qft.measure.answers import exact_match, f1
 from qft.measure.quality import MOST_TOKENS, Measuring, Quality, RowAnswer, Runner, batches
 from qft.measure.tool_calls import count_calls, same_calls
+from qft.measure.translations import TranslationScores
 from qft.progress import Progress
 
 _MOST_LOGITS = 200_000_000  # of one forward pass, 0.8 GB: an ONNX decoder gives those of every position, needed or not
@@ -189,11 +190,16 @@ def _summary(
     targets = sum(r.targets for r in rows)
     loss = float(sum(f.nats.sum() for f in forced)) / targets
     calls = count_calls([(a.expected, a.answer) for a in written]) if not labels else None
+    scores = None
+    if metric in ("bleu", "chrf") and written and not labels:
+        scores = TranslationScores.of([a.answer for a in written], [a.expected for a in written])
     found: dict[str, float | None] = {
         "perplexity": float(np.exp(min(loss, 80.0))),
         "accuracy": _percent([a.right for a in written]) if labels else None,
         "exact_match": None if labels or not written else _percent([a.right for a in written]),
         "f1": None if labels or not written else 100 * float(np.mean([f1(a.answer, [a.expected]) for a in written])),
+        "bleu": scores.bleu.value if scores else None,
+        "chrf": scores.chrf.value if scores else None,
         "tool_call": calls.right_percent if calls else None,
     }
     headline = ("accuracy" if labels else "perplexity") if metric == "auto" else metric
@@ -214,6 +220,9 @@ def _summary(
         preferred_percent=_percent(preferred) if labels and forced[0].preferred is not None else None,
         written=None if labels else len(written),
         tool_calls=calls,
+        bleu=found["bleu"],
+        chrf=found["chrf"],
+        signatures=scores.signatures if scores else (),
     )
 
 

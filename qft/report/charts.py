@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qft.measure.quality import in_percent
 from qft.measure.speed import Speed
-from qft.report.summary import LabelResults, WaterfallStep
+from qft.report.summary import LabelResults, WaterfallStep, value_text
 
 INK, MUTED, LINE = "#1f2933", "#7b8794", "#e4e7eb"
 _MOST_LABELS = 24  # in one picture
@@ -22,10 +23,10 @@ def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
     values = [s.quality.value for s in steps]
     colours = [BASE if s.stage == "base" else SHIPPED if s.stage == "shipped" else GOOD for s in steps]
     bars = axes.bar(range(len(steps)), values, width=0.62, color=colours)
-    percent = steps[0].quality.metric != "perplexity"
-    axes.bar_label(bars, [f"{v:.1f} %" if percent else f"{v:.2f}" for v in values], padding=3, color=INK, fontsize=10)
+    metric = steps[0].quality.metric
+    axes.bar_label(bars, [value_text(metric, value) for value in values], padding=3, color=INK, fontsize=10)
     axes.set_xticks(range(len(steps)), names)
-    axes.set_ylim(0, max(100.0, *values) * 1.12 if percent else max(values) * 1.18)
+    axes.set_ylim(0, max(100.0, *values) * 1.12 if in_percent(metric) else max(values) * 1.18)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     return _svg(figure)

@@ -12,7 +12,7 @@ from qft.measure.classification import Calibration, LabelScore
 from qft.measure.energy import Energy
 from qft.measure.machine import Machine
 from qft.measure.parity import Parity
-from qft.measure.quality import Quality, RowAnswer
+from qft.measure.quality import Quality, RowAnswer, in_percent
 from qft.measure.speed import AnySpeed, ClassifierSpeed, Speed
 
 
@@ -49,6 +49,7 @@ class WaterfallStep:
             "tokens right": q.token_accuracy_percent if q.accuracy_percent is None else None,
         }
         found = {} if q.perplexity is None or q.accuracy_percent is not None else {"perplexity": f"{q.perplexity:.2f}"}
+        found |= {title: f"{score:.2f}" for title, score in (("BLEU", q.bleu), ("chrF", q.chrf)) if score is not None}
         found |= {title: percent(share) for title, share in shares.items() if share is not None}
         return found | {
             "loss": f"{q.loss:.4f}",
@@ -226,3 +227,8 @@ class Summary:
 def percent(value: float | None) -> str:
     """A percentage, or a dash where it cannot be told."""
     return "–" if value is None else f"{value:.1f} %"
+
+
+def value_text(metric: str, value: float) -> str:
+    """A headline metric's value with its unit."""
+    return percent(value) if in_percent(metric) else f"{value:.2f}"

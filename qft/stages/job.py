@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from qft.base_new import is_new
 from qft.data.labelled import LabelSet
 from qft.data.sound_changes import SoundChanges
 from qft.data.tokenizer import TextTokenizer
@@ -52,6 +53,8 @@ def check_keys(recipe: Recipe) -> None:
     sound_changes(recipe)
     if recipe.data.new_tokens and recipe.tuning.method == "head":
         raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
+    if is_new(recipe.model):
+        _check_new(recipe)
     keys = {"tuning.method": recipe.tuning.method, "lora.init_lora_weights": recipe.lora.init_lora_weights}
     for key, value in keys.items():
         if value in ("full", "pissa") and recipe.quantization.base != "none":
@@ -81,6 +84,24 @@ def sound_changes(recipe: Recipe) -> SoundChanges:
             "copies are of texts", where="data.augment.copies", hint="write noise, speed or spec_augment for sounds"
         )
     return changes
+
+
+def _check_new(recipe: Recipe) -> None:
+    """What a model from nothing needs: all of it learns, and there is nothing yet that 4 bits could hold."""
+    wanted = {"tuning.method": (recipe.tuning.method, "full"), "quantization.base": (recipe.quantization.base, "none")}
+    wrong = {key: right for key, (value, right) in wanted.items() if value != right}
+    if wrong:
+        raise InputError(
+            f"{recipe.model} is a configuration: a new model is made, and all of it must learn",
+            where=next(iter(wrong)),
+            hint=" and ".join(f"write {key}: {right}" for key, right in wrong.items()),
+        )
+    if recipe.task not in ("text-generation", "translation"):
+        raise InputError(
+            f"a new model is made for text-generation or translation, not for {recipe.task}",
+            where="model",
+            hint="give a model that has been trained",
+        )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.base_model import local_checkpoint
+from qft.base_new import is_new, new_checkpoint
 from qft.base_tokens import with_new_tokens
 from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
@@ -72,8 +73,10 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "data": data.model_dump(),
         "max_length": recipe.training.max_length,
         "speech": recipe.speech.model_dump(),
+        "translation": recipe.translation.model_dump(),
         "text_generation": recipe.text_generation.model_dump(),
         "question_answering": recipe.question_answering.model_dump(),
+        "new_model_seed": recipe.training.seed if is_new(recipe.model) else None,
         "files": [local_stamp(uri, relative_to) for uri in files],
     }
 
@@ -90,11 +93,8 @@ def run(job: Job) -> Facts:
     check_keys(recipe)
     without_labels = make_task(recipe, LabelSet((), (), False, 0))  # a wrong name is said before anything is fetched
     model = _fetch(job, recipe.model, "model")
-    base = local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
-    without_labels.check_base(base)
-    if recipe.data.new_tokens:
-        base = with_new_tokens(base, recipe.data.new_tokens, sha256=model.sha256, cache=job.cache)
-    tokenizer = TextTokenizer.load(base)
+    there = None if is_new(recipe.model) else _checkpoint(job, model)
+    without_labels.check_base(there or model.path)
     sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
@@ -102,6 +102,12 @@ def run(job: Job) -> Facts:
     parts, leaks = _split(job, kept, eval_sources)
     copies = _copies(job, parts["train"])
     parts["train"], mixed = _mixed(recipe, [*parts["train"], *copies])
+    base = there or _new_checkpoint(job, model, parts["train"])
+    if recipe.data.new_tokens:
+        base = with_new_tokens(
+            base, recipe.data.new_tokens, sha256=model.sha256 if there else base.name, cache=job.cache
+        )
+    tokenizer = TextTokenizer.load(base)
     labels = _labels(parts["train"], counts)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
@@ -127,6 +133,17 @@ def run(job: Job) -> Facts:
         _majority_percent(parts),
         _prompt_column(recipe),
     )
+
+
+def _checkpoint(job: Job, model: Source) -> Path:
+    return local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
+
+
+def _new_checkpoint(job: Job, model: Source, train: Sequence[Example]) -> Path:
+    """From nothing but the training rows: nothing of what is held out is known to it, not even its words."""
+    texts = [text for e in train for text in ([e.text] if e.text is not None else [m.content for m in e.messages])]
+    seed = job.recipe.training.seed
+    return new_checkpoint(model.path, texts, seed=seed, cache=job.cache, on_progress=job.on_progress)
 
 
 def _labels(train: Sequence[Example], counts: Counts) -> LabelSet:
@@ -219,6 +236,7 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
         keys.label_separator,
         keys.group_column,
         (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
+        (recipe.translation.source, recipe.translation.target) if recipe.task == "translation" else None,
     )
 
 

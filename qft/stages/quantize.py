@@ -76,9 +76,11 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         (aside / "onnx").mkdir()
         files = target.files(job.task.graphs)
         tensors = []
-        for graph, prefix in job.task.graphs.items():
+        for graph, part in job.task.graphs.items():
             mine = {
-                name.removeprefix(prefix): m for name, m in folded.items() if _lies_in(name, graph, job.task.graphs)
+                name.partition(part)[2] if part else name: m
+                for name, m in folded.items()
+                if _lies_in(name, graph, job.task.graphs)
             }
             tensors += quantize_graph(
                 job.run.bundle(export.TARGET) / export.float_files(job.recipe)[graph],
@@ -104,8 +106,8 @@ def _ship(job: Job, target: Target) -> TargetFacts:
 
 
 def _lies_in(layer: str, graph: str, graphs: Mapping[str, str]) -> bool:
-    """Whether a layer is in a graph: the one whose prefix fits best."""
-    return graph == max(graphs, key=lambda name: len(graphs[name]) if layer.startswith(graphs[name]) else -1)
+    """Whether a layer is in a graph: the one whose part of the model's names fits best."""
+    return graph == max(graphs, key=lambda name: len(graphs[name]) if graphs[name] in layer else -1)
 
 
 def _calibration(job: Job, folder: Path) -> Calibration | None:

@@ -33,7 +33,7 @@ class TextGeneration:
     export_task = "text-generation-with-past"
     ort_class = "ORTModelForCausalLM"
     peft_type = "CAUSAL_LM"
-    metrics = ("accuracy", "perplexity", "f1", "exact_match", "tool_call")
+    metrics = ("accuracy", "perplexity", "f1", "exact_match", "bleu", "chrf", "tool_call")
     graphs: Mapping[str, str] = {"model": ""}
     section = "text_generation"
     chats = True

@@ -44,7 +44,9 @@ class Weights:
 
     def attach(self, model: Any) -> Any:
         """Raises InputError if only a head should learn and the model has none."""
-        learns = {id(p) for p in model.parameters()} if not self.head_only else _head_parameters(model)
+        # What a model itself holds fixed stays so: Marian's positions are a formula, and are not saved.
+        free = {id(p) for p in model.parameters() if p.requires_grad}
+        learns = free if not self.head_only else _head_parameters(model)
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in learns)
         if not self.head_only and (dtype := compute_type(self.compute_dtype, model.device.type)) != torch.float32:

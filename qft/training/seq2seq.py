@@ -18,7 +18,7 @@ from qft.progress import OnProgress, Progress, silent
 from qft.training.distill import Teacher, TopDivergence, teach
 from qft.training.forward import Validation
 
-_TOGETHER = 8  # rows of a forward pass without gradients: an encoder's state may be larger than all else
+_TOGETHER = 8  # clips of a forward pass without gradients: an encoder's state may be larger than all else
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ class Seq2SeqForward:
 
     def loss(self, model: Any, rows: Sequence[Pair], *, label_smoothing: float = 0.0) -> Tensor:
         """Sum of the cross entropy over target tokens, float32."""
-        reader = (self.learning_reader_of or self.reader_of)(model)
-        logits, targets = torch.cat(self._logits(model, rows, reader)), _targets(model, rows)
-        return cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+        logits = self._target_logits(model, rows, (self.learning_reader_of or self.reader_of)(model))
+        return cross_entropy(logits, _targets(model, rows), reduction="sum", label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def validate(self, model: Any, rows: Sequence[Pair], batch_size: int) -> Validation:
@@ -53,7 +52,7 @@ class Seq2SeqForward:
         row_nats, right = [], 0
         for start in range(0, len(rows), min(batch_size, _TOGETHER)):
             some = rows[start : start + min(batch_size, _TOGETHER)]
-            logits, targets = torch.cat(self._logits(model, some)), _targets(model, some)
+            logits, targets = self._target_logits(model, some), _targets(model, some)
             nats = cross_entropy(logits, targets, reduction="none")
             row_nats += [float(part.sum()) for part in nats.split([row.targets for row in some])]
             right += int((logits.argmax(-1) == targets).sum())
@@ -90,18 +89,26 @@ class Seq2SeqForward:
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
         return log_p.gather(-1, drawn.to(log_p.device)).sum(), row.targets
 
-    def _logits(self, model: Any, rows: Sequence[Pair], reader: Reader | None = None) -> list[Tensor]:
-        """float32 (targets, vocabulary) of each row: what is said where a target follows. reader: another than the model's."""
+    def _logits(self, model: Any, rows: Sequence[Pair]) -> list[Tensor]:
+        """float32 (targets, vocabulary) of each row: what is said where a target follows."""
+        return list(self._target_logits(model, rows).split([row.targets for row in rows]))
+
+    def _target_logits(self, model: Any, rows: Sequence[Pair], reader: Reader | None = None) -> Tensor:
+        """float32 (targets of all rows, vocabulary). The head, which is large, is asked for these positions alone.
+
+        reader: another than the model's.
+        """
         fed = [row.fed.ids for row in rows]
         width = max(map(len, fed))
         # Rows are filled up on the right, where a causal decoder never looks from.
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in fed], device=model.device)
+        places = torch.arange(width)
+        wanted = torch.stack([(places >= row.answer_start - 1) & (places < len(row.input_ids) - 1) for row in rows])
         sources = as_tensors((reader or self.reader_of(model))([row.source for row in rows]), model)
-        logits = model(**sources, decoder_input_ids=ids, use_cache=False).logits
-        return [
-            found[row.answer_start - 1 : len(row.input_ids) - 1].float()
-            for row, found in zip(rows, logits, strict=True)
-        ]
+        head = model.get_output_embeddings()
+        with head.register_forward_pre_hook(lambda _, inputs: (inputs[0][wanted.to(inputs[0].device)][None],)):
+            logits = model(**sources, decoder_input_ids=ids, use_cache=False).logits
+        return logits[0].float()
 
 
 def as_tensors(fed: dict[str, np.ndarray], model: Any) -> dict[str, Tensor]:
