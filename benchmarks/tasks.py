@@ -5,8 +5,8 @@
     python -m benchmarks.tasks --only sarcasm,review-labels --json FILE
 
 Also by name: the recipes in benchmarks/recipes, on rows that qft does not ship (../shared/data). Runs are kept in --runs, so a broken
-benchmark goes on where it was. `gain` is shipped less before in points of rows that are right, or in percent of perplexity, with its
-95 % interval (bootstrap over held-out rows, paired).
+benchmark goes on where it was; so is what FILE holds of recipes that are not run now. `gain` is shipped less before in points of
+rows that are right, or in percent of perplexity, with its 95 % interval (bootstrap over held-out rows, paired).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks.quantization import interval
 from qft.data.conversations import read_calls
-from qft.files import write_json
+from qft.files import write_text
 from qft.measure.machine import machine, versions
 
 RECIPES, MORE = Path(__file__).parent.parent / "recipes", Path(__file__).parent / "recipes"
@@ -58,7 +58,41 @@ def _few(path: Path) -> dict[str, int]:
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    """What the figures are of, and no more: thousands of rows are kept in the repository."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [
+        {key: line[key] for key in ("expected", "answer", "right", "targets")} | {"loss": round(line["loss"], 5)}
+        for line in lines
+    ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What FILE holds. table: a line a recipe; rows: answers before and after, machine and versions."""
+
+    quick: bool
+    table: dict[str, dict[str, Any]]
+    rows: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path, *, quick: bool) -> Result:
+        """What is there already, if it is of the same number of rows."""
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if found.get("quick") is not quick:
+            return cls(quick, {}, {})
+        return cls(quick, {line["recipe"]: line for line in found["result"]["recipes"]}, found["rows"])
+
+    def add(self, name: str, found: dict[str, Any]) -> None:
+        """A recipe that was run just now."""
+        self.table[name] = row(name, found)
+        about = {"machine": asdict(machine()), "versions": versions()}
+        self.rows[name] = about | {key: found[key] for key in ("before", "shipped")}
+
+    def write(self, path: Path) -> None:
+        """All of it, in the order of names."""
+        recipes = [self.table[name] for name in sorted(self.table)]
+        found = {"quick": self.quick, "result": {"recipes": recipes}, "rows": self.rows}
+        write_text(path, json.dumps(found, ensure_ascii=False) + "\n")
 
 
 def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -123,14 +157,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where every row's answer goes")
     words = parser.parse_args()
     only = words.only.split(",") if words.only else [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
-    found = {}
+    result = Result.load(words.json, quick=words.quick)
     for stem in only:
         path = next(p for p in (RECIPES / f"{stem}.yaml", MORE / f"{stem}.yaml") if p.exists())
         few = _few(path) if words.quick else {}
-        found[stem] = run(path, words.runs, few, name=f"{stem}-quick" if words.quick else stem)
-    table = [row(name, each) for name, each in found.items()]
-    about = {"quick": words.quick, "machine": asdict(machine()), "versions": versions()}
-    write_json(words.json, {**about, "result": {"recipes": table}, "rows": found})
+        result.add(stem, run(path, words.runs, few, name=f"{stem}-quick" if words.quick else stem))
+        result.write(words.json)
+    table = [result.table[name] for name in sorted(result.table)]
     print(as_markdown(table))
     print("RESULT " + json.dumps({"recipes": table}))
 

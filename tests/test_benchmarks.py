@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from benchmarks.cells import fold_words
 from benchmarks.quantization import QUICK, gap
-from benchmarks.tasks import gain
+from benchmarks.tasks import Result, gain
 
 
 def test_a_folded_cell_is_found_again_in_the_cache() -> None:
@@ -32,3 +33,17 @@ def test_a_gain_is_in_the_metrics_good_direction() -> None:
     assert points["low"] < 25 < points["high"]
     assert percent["value"] == pytest.approx(20)  # perplexity falls to four fifths, on every row alike
     assert percent["high"] - percent["low"] < 1e-6
+
+
+def test_a_recipe_that_is_run_again_takes_its_own_place_among_the_results(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.json"
+    lines = {name: {"recipe": name, "shipped": 1.0} for name in ("b", "a")}
+    Result(quick=False, table=lines, rows={"a": {}, "b": {}}).write(path)
+    again = Result.load(path, quick=False)
+    again.table["b"] = {"recipe": "b", "shipped": 2.0}
+    again.write(path)
+    assert [(line["recipe"], line["shipped"]) for line in json.loads(path.read_text())["result"]["recipes"]] == [
+        ("a", 1.0),
+        ("b", 2.0),
+    ]
+    assert Result.load(path, quick=True).table == {}
