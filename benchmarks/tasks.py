@@ -52,9 +52,13 @@ def _qft(*words: str, stdout: Any) -> str:
 
 
 def _few(path: Path) -> dict[str, int]:
-    """The keys that make a recipe quick; not the number of test rows where these are a source of their own."""
-    given = yaml.safe_load(path.read_text("utf-8"))["data"].get("eval")
-    return {key: value for key, value in _FEW.items() if key != "data.eval" or not isinstance(given, str)}
+    """The keys that make a recipe quick: not the number of test rows where these are a source of their own, nor that of training
+    rows where a new model's tokenizer is learnt from them.
+    """
+    given = yaml.safe_load(path.read_text("utf-8"))
+    kept = {"data.eval"} if isinstance(given["data"].get("eval"), str) else set()
+    kept |= {"data.max_train_rows"} if given["model"].endswith(".json") else set()
+    return {key: value for key, value in _FEW.items() if key not in kept}
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
