@@ -32,7 +32,10 @@ verify: {rows: 4, quantized_top1: 0.5, quantized_kl: 2.0}
 export: {targets: [cpu-int8, cpu-int4], budget: {max_worse: 60 points}}
 bench: {trials: 2, new_tokens: 8}
 """
-BACK = "model=runs/recipe/merged tuning.method=lora quantization.base=nf4 translation.source=de translation.target=en export.targets=[cpu-int8]"
+BACK = (
+    "model=runs/recipe/merged tuning.method=lora quantization.base=nf4 translation.source=de translation.target=en "
+    "export.targets=[cpu-int8]"
+)
 
 
 @pytest.fixture(scope="module")
