@@ -1,7 +1,7 @@
 """Every key a recipe may hold: its type, its default, its unit and one line of help. The only copy of a default.
 
-Those that change training rows lie in `qft.recipe_augment`. Keys are documented by `qft schema`; YAML is read by
-`qft.recipe_loader`.
+Those that change training rows lie in `qft.recipe_augment`, those of one task in `qft.recipe_tasks`. Keys are documented by
+`qft schema`; YAML is read by `qft.recipe_loader`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from pydantic import Field
 
 from qft.recipe_augment import AugmentKeys
 from qft.recipe_section import Count, Fraction, Positive, Section, Share
+from qft.recipe_tasks import (
+    ClassificationKeys,
+    QuestionAnsweringKeys,
+    SpeechKeys,
+    TextGenerationKeys,
+    TranslationKeys,
+)
 
 
 class DataKeys(Section):
@@ -30,8 +37,9 @@ class DataKeys(Section):
         0.1,
         description="test rows, for the figures reported: a fraction or a number split off by hash, or a source or several",
     )
-    validation: Fraction | Count = Field(
-        0.05, description="rows split off train by hash for choices: best checkpoint, way of merging"
+    validation: Fraction | Count | str | list[str] = Field(
+        0.05,
+        description="held-out rows for choices (best checkpoint, way of merging, threshold of unsure answers): given as eval",
     )
     format: Literal[
         "auto", "messages", "prompt-completion", "alpaca", "text", "labels", "evals", "qa", "speech", "translation"
@@ -178,58 +186,6 @@ class FoldKeys(Section):
     )
     learning_rate: Positive = Field(1.5e-4, description="peak of the cosine schedule, of a scale's own size")
     r: Count = Field(16, description="rank of the adapter inside the rounding")
-
-
-class TextGenerationKeys(Section):
-    """What task text-generation learns of a conversation."""
-
-    loss_on: Literal["every-answer", "last-answer"] = Field(
-        "every-answer", description="which of the assistant's turns are in the loss"
-    )
-
-
-class ClassificationKeys(Section):
-    """What task text-classification makes of labels."""
-
-    class_weights: Literal["none", "balanced"] = Field(
-        "none", description="balanced: rare labels count more in the loss, so that all labels count alike"
-    )
-    accepted_accuracy: Share = Field(
-        0.95,
-        description="answers below a probability are given as unsure; the lowest one that makes this share of the "
-        "others right on the validation rows is chosen",
-    )
-
-
-class SpeechKeys(Section):
-    """What task automatic-speech-recognition hears."""
-
-    window_seconds: Annotated[int, Field(ge=1, le=30)] = Field(
-        30,
-        description="that the encoder reads at a time; clips that are all shorter than Whisper's 30 need not be filled up to "
-        "them, which is as much faster, but the untuned model is less used to it",
-    )
-
-
-class TranslationKeys(Section):
-    """What task translation translates."""
-
-    source: str = Field("source", description="column of the texts")
-    target: str = Field("target", description="column of their translations")
-
-
-class QuestionAnsweringKeys(Section):
-    """What task question-answering makes of contexts and answers."""
-
-    stride: Count = Field(
-        128, description="tokens that neighbouring windows share, where a context is longer than training.max_length"
-    )
-    longest_answer: Count = Field(30, description="tokens of the longest answer that is considered")
-    no_answer_margin: float = Field(
-        0.0,
-        description="nats that 'no answer' must score above the best answer to be given; it is not considered where every "
-        "training row has an answer",
-    )
 
 
 class EvaluationKeys(Section):

@@ -31,6 +31,7 @@ LEVELS = [
         "recipe_yaml",
         "recipe_section",
         "recipe_augment",
+        "recipe_tasks",
         "recipe",
         "recipe_reference",
         "recipe_loader",

@@ -93,7 +93,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
 def _leaks(report: DataReport) -> list[tuple[str, str]]:
     if not report.also_in_train and not report.leaked:
         return []
-    text = f"{report.also_in_train:,} test rows are also among the rows to learn, where {report.leaked:,} were left out"
+    text = f"{report.also_in_train:,} held-out rows are also among the rows to learn, where {report.leaked:,} were left out"
     return [("on both sides", text)]
 
 

@@ -18,7 +18,7 @@ _MOST_UNKNOWN_PERCENT = 5.0  # with more, a tokenizer was made for other text th
 class DataReport:
     """Rows and tokens after preparing.
 
-    leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: test rows of a source of
+    leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: held-out rows of a source of
     their own whose text was among the training rows. changed_copies: of training rows, among those that are mixed.
     heard_changed: training rows whose sound is changed, otherwise each time. mixed: the sources of the training rows, where they
     have weights.

@@ -63,7 +63,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     files = [
         recipe.model,
         *(uri for uri, _ in _train_uris(recipe)),
-        *_eval_uris(recipe),
+        *(uri for uris in _held_out_uris(recipe).values() for uri in uris),
         *_audio_uris(recipe),
         *([data.augment.synonyms] if data.augment.synonyms else []),
     ]
@@ -98,8 +98,10 @@ def run(job: Job) -> Facts:
     sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
     kept, duplicates, conflicts = drop_duplicates(examples)
-    eval_sources = [_fetch(job, uri, "dataset") for uri in _eval_uris(recipe)]
-    parts, leaks = _split(job, kept, eval_sources)
+    apart = {
+        part: [_fetch(job, uri, "dataset") for uri in uris] for part, uris in _held_out_uris(recipe).items() if uris
+    }
+    parts, leaks = _split(job, kept, apart)
     copies = _copies(job, parts["train"])
     parts["train"], mixed = _mixed(recipe, [*parts["train"], *copies])
     base = there or _new_checkpoint(job, model, parts["train"])
@@ -127,7 +129,7 @@ def run(job: Job) -> Facts:
     return Facts(
         base,
         _fact(model),
-        [_fact(s) for s in (*(source for source, _ in sources), *eval_sources)],
+        [_fact(s) for s in (*(source for source, _ in sources), *(s for found in apart.values() for s in found))],
         report,
         labels,
         _majority_percent(parts),
@@ -169,10 +171,13 @@ def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
     return [(uri, None) for uri in ([given] if isinstance(given, str) else given)]
 
 
-def _eval_uris(recipe: Recipe) -> list[str]:
-    """Sources of test rows; none where these are split off."""
-    given = recipe.data.eval
-    return [given] if isinstance(given, str) else given if isinstance(given, list) else []
+def _held_out_uris(recipe: Recipe) -> dict[str, list[str]]:
+    """Sources of test rows and of those for choices; none where these are split off."""
+    parts = {"eval": recipe.data.eval, "validation": recipe.data.validation}
+    return {
+        part: [given] if isinstance(given, str) else given if isinstance(given, list) else []
+        for part, given in parts.items()
+    }
 
 
 def _audio_uris(recipe: Recipe) -> list[str]:
@@ -240,15 +245,16 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
     )
 
 
-def _split(job: Job, examples: list[Example], held_out_in: Sequence[Source]) -> tuple[dict[str, list[Example]], Leaks]:
+def _split(job: Job, examples: list[Example], apart: dict[str, list[Source]]) -> tuple[dict[str, list[Example]], Leaks]:
+    """apart: sources of held-out rows. No text is in two parts: a test row stays, a row for choices goes before one to learn."""
     keys = job.recipe.data
-    if isinstance(keys.eval, str | list):
-        held_out, _ = _examples(job, [(source, None) for source in held_out_in])
-        examples, leaks = without_leaks(examples, held_out)
-        parts = {"eval": held_out, **split_by_hash(examples, {"validation": keys.validation}, seed=keys.seed)}
-    else:
-        leaks = Leaks(0, 0)
-        parts = split_by_hash(examples, {"eval": keys.eval, "validation": keys.validation}, seed=keys.seed)
+    parts = {part: _examples(job, [(source, None) for source in sources])[0] for part, sources in apart.items()}
+    examples, leaks = without_leaks(examples, [example for rows in parts.values() for example in rows])
+    if len(parts) == 2:
+        parts["validation"], _ = without_leaks(parts["validation"], parts["eval"])
+    wanted = {"eval": keys.eval, "validation": keys.validation}
+    sizes = {part: size for part, size in wanted.items() if isinstance(size, int | float)}
+    parts |= split_by_hash(examples, sizes, seed=keys.seed)
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
     return parts, leaks

@@ -25,7 +25,7 @@ def test_a_file_for_each_label_and_test_rows_that_were_also_learnt(
     assert (found["data"]["also_in_train"], found["data"]["leaked"]) == (2, 1)
     assert found["data"]["train_rows"] == 12 - 1 - 2
     assert [Path(source["uri"]).name for source in found["sources"][1:]] == ["good.txt", "bad.txt", "test.jsonl"]
-    assert "2 test rows are also among the rows to learn" in typed(tmp_path, "qft plan recipe.yaml").stdout
+    assert "2 held-out rows are also among the rows to learn" in typed(tmp_path, "qft plan recipe.yaml").stdout
     wrong = typed(tmp_path, "qft plan recipe.yaml data.train={positive:3}")
     assert wrong.returncode == 2
     assert "data.train" in wrong.stderr
@@ -90,3 +90,20 @@ def test_sources_are_mixed_by_weight_and_held_out_rows_are_not(
     wrong = typed(tmp_path, "qft plan recipe.yaml data.weights=[1,2,3]")
     assert wrong.returncode == 2
     assert "data.weights" in wrong.stderr
+
+
+def test_rows_for_choices_of_a_source_of_their_own_are_in_no_other_part(
+    tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]], typed: Type
+) -> None:
+    lines = [json.dumps(row) + "\n" for row in reviews]
+    for name, part in {"train": lines[8:], "test": lines[:12], "choose": lines[6:20]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ndata: {{train: train.jsonl, eval: test.jsonl, validation: choose.jsonl}}\n"
+    )
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["data"]
+    assert (found["eval_rows"], found["validation_rows"], found["train_rows"]) == (12, 8, len(lines) - 20)
+    assert found["leaked"] == 12
+    typed(tmp_path, "qft plan recipe.yaml data.eval=10 name=b")
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml data.eval=10 name=b --json"))["data"]
+    assert (found["eval_rows"], found["validation_rows"]) == (10, 14)
