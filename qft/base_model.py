@@ -65,7 +65,7 @@ def _checked(folder: Path) -> Path:
         raise InputError(
             f"{folder} holds no config.json, so it is not a model", hint="name the folder that holds config.json"
         )
-    _config(folder)
+    read_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder} holds no .safetensors weights", hint="pickled weights are not read; convert them first"
@@ -73,8 +73,8 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Of a checkpoint, or of one that is still to be made, whose configuration is a file."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint, or the file that describes one still to be made. Raises InputError if it is not JSON."""
     path = folder / "config.json" if folder.is_dir() else folder
     try:
         return json.loads(path.read_text("utf-8"))
@@ -84,7 +84,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def check_writes(folder: Path) -> None:
     """Raises InputError if the checkpoint is no causal language model."""
-    architectures = _config(folder).get("architectures") or []
+    architectures = read_config(folder).get("architectures") or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise InputError(
             f"{folder.name} is a {architectures[0]}, not a causal language model",
@@ -93,27 +93,9 @@ def check_writes(folder: Path) -> None:
         )
 
 
-def check_translates(folder: Path) -> None:
-    """Raises InputError if the checkpoint is no encoder-decoder that reads and writes text."""
-    quiet_transformers()
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN
-
-    found = _config(folder)
-    if found.get("model_type") not in KNOWN:
-        raise InputError(
-            f"{folder.name} is a {found.get('model_type')}, which does not translate",
-            where="model",
-            hint="task translation needs an encoder-decoder of text, such as a MarianMTModel or a T5ForConditionalGeneration",
-        )
-    if found.get("decoder_vocab_size", found.get("vocab_size")) != found.get("vocab_size"):
-        raise InputError(
-            f"{folder.name} has a second vocabulary, for what it writes, which is not served yet", where="model"
-        )
-
-
 def check_transcribes(folder: Path) -> None:
     """Raises InputError if the checkpoint is no Whisper."""
-    if _config(folder).get("model_type") != "whisper":
+    if read_config(folder).get("model_type") != "whisper":
         raise InputError(
             f"{folder.name} is no Whisper",
             where="model",
@@ -205,7 +187,7 @@ def _load_classifier(folder: Path, head: LabelHead, options: dict[str, Any]) -> 
             hint="an encoder such as BERT, or a decoder with a …ForSequenceClassification class, is needed",
         ) from None
     linear = label_layer(model, len(head.names))
-    known = _config(folder).get("id2label") or {}
+    known = read_config(folder).get("id2label") or {}
     same = [known.get(str(number)) for number in range(len(known))] == list(head.names)
     if about["missing_keys"] or about["mismatched_keys"] or not same:
         _start_at_shares(linear, head)
@@ -303,12 +285,12 @@ def _multiply_seconds(dtype: Any) -> float:
 
 def is_quantized(folder: Path) -> bool:
     """Whether the checkpoint's weights are held in few bits already, as in `…-bnb-4bit` on the hub."""
-    return "quantization_config" in _config(folder)
+    return "quantization_config" in read_config(folder)
 
 
 def own_type(folder: Path) -> str:
     """float32 if that is what the checkpoint's weights are held in, else bfloat16: what they are merged into."""
-    config = _config(folder)
+    config = read_config(folder)
     return "float32" if (config.get("dtype") or config.get("torch_dtype")) == "float32" else "bfloat16"
 
 

@@ -11,7 +11,6 @@ import pytest
 import sacrebleu
 import torch
 
-from qft.base_model import check_translates
 from qft.base_new import is_new, new_checkpoint
 from qft.bundle.seq2seq import OnnxNetwork, Rules, Seq2SeqRunner, TextReader
 from qft.data.audio import Clip
@@ -27,7 +26,7 @@ from qft.measure.translations import bleu, chrf, language_of
 from qft.quant.fit import decoder_linears
 from qft.quant.grids import grids_of
 from qft.targets import find_target
-from qft.tasks.translation import Translation
+from qft.tasks.translation import Translation, check_translates
 from qft.training.lora import Lora
 from tests.conftest import BAD, GOOD, PLACES, short_schedule
 
@@ -247,3 +246,9 @@ def test_a_new_decoder_reads_plain_text(tmp_path: Path) -> None:
     assert not is_new("owner/name")
     with pytest.raises(InputError, match="does not translate"):
         check_translates(folder)
+    for changes, words in (
+        ({"decoder_vocab_size": 400}, "second vocabulary"),
+        ({"forced_bos_token_id": 3}, "first token"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_translates(written_down(tmp_path, "marian", **changes))

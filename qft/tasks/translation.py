@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qft.base_model import check_translates, load
+from qft.base_model import load, read_config
 from qft.bundle.assets import write_seq2seq_configs
 from qft.bundle.golden import GoldenCase, make_cases
 from qft.bundle.manifest import Bundle
@@ -16,6 +16,8 @@ from qft.data.examples import Example
 from qft.data.labelled import LabelSet
 from qft.data.sequences import Pair, pair_texts
 from qft.data.tokenizer import TextTokenizer
+from qft.errors import InputError
+from qft.libraries import quiet_transformers
 from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.measure.translations import measure_translations
 from qft.progress import OnProgress
@@ -120,3 +122,32 @@ class Translation:
 def _ids(row: Pair) -> tuple[int, ...]:
     assert isinstance(row.source, tuple)
     return row.source
+
+
+def check_translates(folder: Path) -> None:
+    """Raises InputError if the checkpoint is no encoder-decoder that reads and writes text, in one vocabulary."""
+    quiet_transformers()
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    found = read_config(folder)
+    if found.get("model_type") not in KNOWN:
+        raise InputError(
+            f"{folder.name} is a {found.get('model_type')}, which does not translate",
+            where="model",
+            hint="task translation needs an encoder-decoder of text: a MarianMTModel or a T5ForConditionalGeneration",
+        )
+    own = "a second vocabulary, for what it writes" if _has_two_vocabularies(found) else ""
+    own = own or ("a first token that it must write" if found.get("forced_bos_token_id") is not None else "")
+    if own:
+        raise InputError(
+            f"{folder.name} has {own}, which is not served yet",
+            where="model",
+            hint="give a Marian model of one vocabulary, or a T5",
+        )
+
+
+def _has_two_vocabularies(config: dict[str, Any]) -> bool:
+    size = config.get("vocab_size")
+    return (config.get("decoder_vocab_size") or size) != size or not config.get(
+        "share_encoder_decoder_embeddings", True
+    )

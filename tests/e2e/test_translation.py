@@ -33,7 +33,8 @@ export: {targets: [cpu-int8, cpu-int4], budget: {max_worse: 60 points}}
 bench: {trials: 2, new_tokens: 8}
 """
 BACK = (
-    "model=runs/recipe/merged tuning.method=lora translation.source=de translation.target=en export.targets=[cpu-int8]"
+    "model=runs/recipe/merged tuning.method=lora quantization.base=nf4 "
+    "translation.source=de translation.target=en export.targets=[cpu-int8]"
 )
 
 
