@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
 from benchmarks.quantization import QUICK, gap
 from benchmarks.tasks import gain
@@ -32,3 +33,12 @@ def test_a_gain_is_in_the_metrics_good_direction() -> None:
     assert points["low"] < 25 < points["high"]
     assert percent["value"] == pytest.approx(20)  # perplexity falls to four fifths, on every row alike
     assert percent["high"] - percent["low"] < 1e-6
+
+
+def test_what_changed_rows_gain_is_a_mean_over_seeds() -> None:
+    plain = [[{"right": n % 2 == 0} for n in range(100)], [{"right": False} for _ in range(100)]]
+    changed = [[{"right": True} for _ in range(100)], [{"right": n < 50} for n in range(100)]]
+    found = gained(plain, changed)
+    assert found["value"] == pytest.approx((50 + 50) / 2)
+    assert found["low"] < 50 < found["high"]
+    assert gained(plain, plain) == {"value": 0, "low": 0, "high": 0}
