@@ -62,11 +62,14 @@ def _few(path: Path) -> dict[str, int]:
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    """What the figures are of, and no more: thousands of rows are kept in the repository."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _kept(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the figures are of, and no more: thousands of rows lie in the repository."""
     return [
-        {key: line[key] for key in ("expected", "answer", "right", "targets")} | {"loss": round(line["loss"], 5)}
-        for line in lines
+        {key: a[key] for key in ("expected", "answer", "right", "targets")} | {"loss": round(a["loss"], 5)}
+        for a in answers
     ]
 
 
@@ -90,7 +93,7 @@ class Result:
         """A recipe that was run just now."""
         self.table[name] = row(name, found)
         about = {"machine": asdict(machine()), "versions": versions()}
-        self.rows[name] = about | {key: found[key] for key in ("before", "shipped")}
+        self.rows[name] = about | {key: _kept(found[key]) for key in ("before", "shipped")}
 
     def write(self, path: Path) -> None:
         """All of it, in the order of names."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
 from benchmarks.quantization import QUICK, gap
 from benchmarks.tasks import Result, gain
@@ -47,3 +48,12 @@ def test_a_recipe_that_is_run_again_takes_its_own_place_among_the_results(tmp_pa
         ("b", 2.0),
     ]
     assert Result.load(path, quick=True).table == {}
+
+
+def test_what_changed_rows_gain_is_a_mean_over_seeds() -> None:
+    plain = [[{"right": n % 2 == 0} for n in range(100)], [{"right": False} for _ in range(100)]]
+    changed = [[{"right": True} for _ in range(100)], [{"right": n < 50} for n in range(100)]]
+    found = gained(plain, changed)
+    assert found["value"] == pytest.approx((50 + 50) / 2)
+    assert found["low"] < 50 < found["high"]
+    assert gained(plain, plain) == {"value": 0, "low": 0, "high": 0}

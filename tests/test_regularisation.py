@@ -98,6 +98,34 @@ def test_dropout_of_the_adapter_keeps_its_mean_and_is_off_when_measured(tiny_mod
     assert drawn.std(0).min() > 0
 
 
+def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient(tiny_model: Path) -> None:
+    """Layers' inputs alone are kept and the rest is computed again (arXiv 1604.06174)."""
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        base = tiny(tiny_model)
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model, sizes = Lora(4, 8, 0).attach(base).train(), []
+        torch.manual_seed(0)
+        for name, parameter in trainable(model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+
+        def keep(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = FORWARD.loss(model, ROWS)
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in trainable(model).items()})
+    assert kept[1] < kept[0] / 2
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+        assert gradient.abs().max() > 0
+
+
 def test_training_stops_when_nothing_better_was_found(tiny_model: Path, tmp_path: Path) -> None:
     said = iter([3.0, 2.0, 2.5, 2.1, 1.0])  # the last one is never asked for
     objective = Objective(FORWARD.loss, lambda *_: {"validation_loss": next(said)})

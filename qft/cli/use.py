@@ -22,11 +22,13 @@ from qft.errors import InputError, StageError
 from qft.measure.quality import Measuring
 from qft.measure.speed import mb
 from qft.progress import silent
-from qft.recipe import Recipe
 from qft.recipe_loader import load_recipe
 from qft.report.summary import WaterfallStep, value_text
-from qft.stages.job import make_task
-from qft.stages.prepare import layout_of, shape_of
+from qft.runfolder import RunFolder
+from qft.sources import cache_folder
+from qft.stages.baseline import base_runner
+from qft.stages.job import Job, make_task
+from qft.stages.prepare import audio_folders, layout_of, shape_of
 from qft.tasks.registry import Task
 
 
@@ -124,47 +126,51 @@ def chat_command(system: str | None, max_new_tokens: int, bundle_name: str | Non
 
 @click.command("eval")
 @click.option("--rows", type=click.Path(path_type=Path, exists=True), help="Rows of your own, in the recipe's format.")
+@click.option("--base", is_flag=True, help="Measure the untouched base model instead, to see what tuning changed.")
 @_on_bundle
-def eval_command(rows: Path | None, bundle_name: str | None, runs: Path, as_json: bool) -> None:
+def eval_command(rows: Path | None, base: bool, bundle_name: str | None, runs: Path, as_json: bool) -> None:
     """Measure a bundle again: on the run's held-out rows, or on ROWS it has never seen."""
     bundle = _open(bundle_name, runs)
-    recipe, task = _made_by(bundle)
-    held_out = _held_out(bundle, rows, recipe, task)
+    job, task = _made_by(bundle)
+    recipe, held_out = job.recipe, _held_out(bundle, rows, job, task)
     screen = Screen(quiet=as_json)
     with screen.shown():
         quality, answers = task.measure(
-            bundle.runner(),
+            base_runner(job) if base else bundle.runner(),
             held_out,
             bundle.tokenizer,
             Measuring(**recipe.evaluation.model_dump(), on_progress=screen.on_progress),
         )
+    measured = f"the base of {job.run.root}" if base else str(bundle.folder)
     if as_json:
-        print_json({"bundle": str(bundle.folder), "quality": asdict(quality), "answers": [asdict(a) for a in answers]})
+        print_json({"bundle": measured, "quality": asdict(quality), "answers": [asdict(a) for a in answers]})
         return
     shown = {name: cell for name, cell in WaterfallStep("eval", quality).cells().items() if cell != "–"}
     headline = (quality.metric.replace("_", " "), value_text(quality.metric, quality.value))
-    print_table(str(bundle.folder), [headline, ("rows", f"{quality.rows:,}"), *shown.items()])
+    print_table(measured, [headline, ("rows", f"{quality.rows:,}"), *shown.items()])
 
 
-def _made_by(bundle: Bundle) -> tuple[Recipe, Task]:
-    """The recipe and task of the run that a bundle lies in."""
+def _made_by(bundle: Bundle) -> tuple[Job, Task]:
+    """The job and task of the run that a bundle lies in."""
     run = bundle.folder.parent.parent
     if not (run / "run.json").exists():
         raise InputError(
             f"{bundle.folder} does not lie in a run folder, so its recipe is not known",
             hint="copy its run's run.json and recipe.yaml with it, or name the run with --bundle",
         )
-    overrides = json.loads((run / "run.json").read_text("utf-8")).get("overrides", [])
-    recipe = load_recipe(run / "recipe.yaml", [*overrides, f"name={run.name}"]).recipe
+    content = RunFolder(run).load()
+    recipe = load_recipe(run / "recipe.yaml", [*content.get("overrides", []), f"name={run.name}"]).recipe
     labels = LabelSet(tuple(bundle.manifest["labels"]), (), bundle.manifest["several_labels"], 0)
-    return recipe, make_task(recipe, labels)
+    job = Job(recipe, Path(content["recipe"]).parent, RunFolder(run), cache_folder(), silent)
+    return job, make_task(recipe, labels)
 
 
-def _held_out(bundle: Bundle, rows: Path | None, recipe: Recipe, task: Task) -> list[Any]:
+def _held_out(bundle: Bundle, rows: Path | None, job: Job, task: Task) -> list[Any]:
+    recipe = job.recipe
     if rows is None:
         lines = (bundle.folder.parent.parent / "data/eval.jsonl").read_text("utf-8").splitlines()
         return [task.read(json.loads(line)) for line in lines]
-    shape = replace(shape_of(recipe, [rows]), group_column=None)  # which matters to splits alone
+    shape = replace(shape_of(recipe, [rows, *audio_folders(job)]), group_column=None)  # that matters to splits alone
     examples, _ = to_examples(read_rows(rows, **layout_of(recipe)), shape)
     length = recipe.training.max_length
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.data.tokenizer import TextTokenizer
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare
@@ -33,9 +34,12 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Measure the base."""
-    from qft.data.tokenizer import TextTokenizer
+    tokenizer = TextTokenizer.load(job.facts(prepare.Facts).base_folder)
+    return Facts(job.measure("baseline", base_runner(job), tokenizer))
 
+
+def base_runner(job: Job) -> Any:
+    """The untouched base as something that can be measured."""
     folder = job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
-    model = job.load(folder, tokenizer).eval()
-    return Facts(job.measure("baseline", job.task.torch_runner(model, tokenizer), tokenizer))
+    return job.task.torch_runner(job.load(folder, tokenizer).eval(), tokenizer)

@@ -208,8 +208,12 @@ def _examples(job: Job, sources: Sequence[tuple[Source, str | None]]) -> tuple[l
             else read_labelled_rows(source.path, column=column, label=label, **how)
         )
         rows += [replace(row, source=number) for row in found]
-    folders = [_fetch(job, uri, "dataset").path for uri in _audio_uris(job.recipe)]
-    return to_examples(rows, shape_of(job.recipe, folders or [source.path for source, _ in sources]))
+    return to_examples(rows, shape_of(job.recipe, audio_folders(job) or [source.path for source, _ in sources]))
+
+
+def audio_folders(job: Job) -> list[Path]:
+    """What data.audio_folder names, at hand."""
+    return [_fetch(job, uri, "dataset").path for uri in _audio_uris(job.recipe)]
 
 
 def _copies(job: Job, train: Sequence[Example]) -> list[Example]:

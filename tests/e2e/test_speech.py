@@ -104,6 +104,9 @@ def test_predict_eval_and_check(spoken: Path, typed: Type) -> None:
     assert again["loss"] == pytest.approx(manifest["quality"]["loss"], abs=1e-6)
     own = as_json(typed(spoken, "qft eval --rows sounds/rows.jsonl --json"))["quality"]
     assert own["rows"] == 60
+    base = as_json(typed(spoken, "qft eval --base --json"))["quality"]
+    assert base["loss"] == pytest.approx(as_json(typed(spoken, "qft run recipe.yaml --json"))["waterfall"][0]["loss"])
+    assert "the base of runs/recipe" in typed(spoken, "qft eval --base --rows sounds/rows.jsonl").stdout
     assert as_json(typed(spoken, "qft check --json"))["agrees"]
     assert "words wrong" in (spoken / "runs/recipe/report.html").read_text()
 
