@@ -28,7 +28,7 @@ from qft.measure.energy import watt_hours
 from qft.measure.speed import AnySpeed, mb
 from qft.pipeline import StageEvent
 from qft.progress import Progress
-from qft.report.summary import Summary, TargetSize, percent, value_text
+from qft.report.summary import Summary, TargetSize, metric_name, percent, value_text
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False)
@@ -135,7 +135,7 @@ def headline(event: StageEvent) -> str:
 
 
 def _quality(quality: dict[str, Any]) -> str:
-    return f"{quality['metric'].replace('_', ' ')} {value_text(quality['metric'], quality['value'])}"
+    return f"{metric_name(quality['metric'])} {value_text(quality['metric'], quality['value'])}"
 
 
 def print_summary(summary: Summary) -> None:

@@ -23,7 +23,7 @@ from qft.measure.quality import Measuring
 from qft.measure.speed import mb
 from qft.progress import silent
 from qft.recipe_loader import load_recipe
-from qft.report.summary import WaterfallStep, value_text
+from qft.report.summary import WaterfallStep, metric_name, value_text
 from qft.runfolder import RunFolder
 from qft.sources import cache_folder
 from qft.stages.baseline import base_runner
@@ -146,7 +146,7 @@ def eval_command(rows: Path | None, base: bool, bundle_name: str | None, runs: P
         print_json({"bundle": measured, "quality": asdict(quality), "answers": [asdict(a) for a in answers]})
         return
     shown = {name: cell for name, cell in WaterfallStep("eval", quality).cells().items() if cell != "–"}
-    headline = (quality.metric.replace("_", " "), value_text(quality.metric, quality.value))
+    headline = (metric_name(quality.metric), value_text(quality.metric, quality.value))
     print_table(measured, [headline, ("rows", f"{quality.rows:,}"), *shown.items()])
 
 

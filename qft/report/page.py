@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined, select_autoescape
 from qft.measure.energy import WATTS_A_CORE, watt_hours
 from qft.measure.speed import Speed, mb
 from qft.report.charts import confusion_chart, curve_chart, speed_chart, waterfall_chart
-from qft.report.summary import Summary, percent, value_text
+from qft.report.summary import Summary, metric_name, percent, value_text
 
 
 def render(summary: Summary) -> str:
@@ -17,7 +17,13 @@ def render(summary: Summary) -> str:
     environment = Environment(
         autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mb": mb, "percent": percent, "number": _number, "watt_hours": watt_hours}
+    environment.filters |= {
+        "mb": mb,
+        "percent": percent,
+        "number": _number,
+        "watt_hours": watt_hours,
+        "metric_name": metric_name,
+    }
     environment.globals["value_text"] = value_text
     template = environment.from_string(files("qft.report").joinpath("page.html.j2").read_text("utf-8"))
     decoders = {name: speed for name, speed in summary.speeds.items() if isinstance(speed, Speed)}

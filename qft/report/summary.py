@@ -15,6 +15,15 @@ from qft.measure.parity import Parity
 from qft.measure.quality import Quality, RowAnswer, in_percent
 from qft.measure.speed import AnySpeed, ClassifierSpeed, Speed
 
+_METRIC_NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "wer": "words wrong",
+    "cer": "characters wrong",
+}
+
 
 @dataclass(frozen=True)
 class WaterfallStep:
@@ -32,13 +41,14 @@ class WaterfallStep:
     def cells(self) -> dict[str, str]:
         """For a table: the figures that have a meaning for this model and these rows."""
         q = self.quality
+        translated = q.bleu is not None  # how near, not whether equal
         shares = {
             "exactly right": q.accuracy_percent,
             "macro F1": q.macro_f1_percent,
             "words wrong": q.word_error_percent,
             "characters wrong": q.character_error_percent,
-            "exact match": q.exact_match_percent,
-            "F1": q.f1_percent,
+            "exact match": None if translated else q.exact_match_percent,
+            "F1": None if translated else q.f1_percent,
             "a label": q.label_percent,
             "ended": q.ended_percent,
             "right call": q.tool_calls.right_percent if q.tool_calls else None,
@@ -227,6 +237,11 @@ class Summary:
 def percent(value: float | None) -> str:
     """A percentage, or a dash where it cannot be told."""
     return "–" if value is None else f"{value:.1f} %"
+
+
+def metric_name(metric: str) -> str:
+    """As people write it."""
+    return _METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
 def value_text(metric: str, value: float) -> str:
