@@ -157,7 +157,8 @@ def _labels(train: Sequence[Example], counts: Counts) -> LabelSet:
 
 
 def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
-    if parts["train"][0].labels is None:
+    first = parts["train"][0]
+    if first.labels is None or first.passage is not None:  # whether a passage holds an answer is not the answer
         return None
     ((answer, _),) = Counter(example.labels for example in parts["train"]).most_common(1)
     return 100 * sum(example.labels == answer for example in parts["eval"]) / len(parts["eval"])
