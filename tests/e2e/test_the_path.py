@@ -187,6 +187,7 @@ def test_eval_measures_the_bundle_again_and_on_rows_of_your_own(finished: Path, 
     again = as_json(typed(finished, "qft eval --json"))
     assert again["quality"].pop("agreement") is None  # the tuned model is not in the bundle
     assert manifest["quality"].pop("agreement")["kl"] < 0.1
+    assert again["quality"].pop("signatures") == manifest["quality"].pop("signatures") == []  # nothing was translated
     assert again["quality"] == pytest.approx(manifest["quality"])
     (finished / "own.jsonl").write_text(
         '{"text": "a fine film by the sea", "label": "positive"}\n{"text": "dull", "label": "negative"}\n'
