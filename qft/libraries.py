@@ -48,7 +48,7 @@ def return_memory() -> None:
     """Give freed memory back to the system.
 
     glibc keeps the pieces of what training and measuring allocate and free: after 580 steps on rows of many lengths MiniLM's
-    process held 6.4 GB of which 0.8 were in use, and so did every later stage. Where the C library is another, nothing is done.
+    process held 6.4 GB of which about 0.8 were in use, and so did every later stage. Where the C library is another, nothing is done.
     """
     gc.collect()
     if sys.platform == "linux":
