@@ -1,6 +1,6 @@
 """Do changed training rows help where rows are few? One job with and without them, three seeds each.
 
-    python -m benchmarks.augmentation --json FILE                  # review-labels, MiniLM, 300 rows to learn: 10 minutes on 2 cores
+    python -m benchmarks.augmentation --json FILE                  # review-labels, MiniLM, 300 rows to learn
     python -m benchmarks.augmentation --job digits --json FILE     # Whisper, 60 clips to learn
     python -m benchmarks.augmentation --quick --json FILE          # one seed, fewer rows: shows that it works
 

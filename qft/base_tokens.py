@@ -35,8 +35,9 @@ def with_new_tokens(folder: Path, tokens: Sequence[str], *, sha256: str, cache: 
 
     A new token's row in the embedding, and in the head where that is another matrix, is drawn from a normal distribution with the
     mean and the spread that each column has in the others' (Hewitt 2021, "Initializing new word embeddings"): two tokens that both
-    start at the mean would hardly ever part. Rows that were only there to fill up a table are used first; a token that the
-    vocabulary has already keeps its row. Raises InputError if a token is empty or named twice, or weights are held in few bits.
+    start at the mean are one to the layers below, which get no gradient that tells them apart. Rows that were only there to fill
+    up a table are used first; a token that the vocabulary has already keeps its row. Raises InputError if a token is empty or
+    named twice, or weights are held in few bits.
     """
     if len(set(tokens)) < len(tokens) or not all(token.strip() for token in tokens):
         raise InputError("a new token is empty or named twice", where="data.new_tokens")
