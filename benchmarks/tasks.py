@@ -30,7 +30,7 @@ from qft.measure.machine import machine, versions
 
 RECIPES, MORE = Path(__file__).parent.parent / "recipes", Path(__file__).parent / "recipes"
 _FEW = {"data.max_train_rows": 128, "data.eval": 64, "data.validation": 32, "training.epochs": 1, "fold.tokens": 2048,
-        "bench.trials": 2, "training.evaluations": 1}  # fmt: skip
+        "bench.trials": 2, "training.evaluations": 1, "evaluation.answers": 16}  # fmt: skip
 
 
 def run(path: Path, runs: Path, changes: Mapping[str, object], *, name: str) -> dict[str, Any]:
