@@ -47,7 +47,7 @@ LEVELS = [
     ["data"],
     ["quant"],
     ["bundle"],
-    ["measure", "graph", "training"],
+    ["measure", "graph", "training", "serve"],
     ["tasks", "report", "runfolder"],
     ["stages"],
     ["pipeline"],

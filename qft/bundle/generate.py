@@ -102,12 +102,12 @@ class Writing:
         if places := [place for stop in self._stop if (place := text.find(stop)) >= 0]:
             piece, self._held, self.ended = text[: min(places)], "", True
         else:
-            begun = 0 if last else max((_begun(text, stop) for stop in self._stop), default=0)
-            piece, self._held = text[: len(text) - begun], text[len(text) - begun :]
+            sure = len(text) - (0 if last else max((begun(text, stop) for stop in self._stop), default=0))
+            piece, self._held = text[:sure], text[sure:]
         self.text += piece
         return piece
 
 
-def _begun(text: str, stop: str) -> int:
+def begun(text: str, stop: str) -> int:
     """How many characters at the end of a text may be the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -16,7 +16,7 @@ from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
 from qft.bundle.sampling import SAMPLING_NAMES, Sampling
 from qft.cli.options import find_run, on_runs, shared
-from qft.console import Screen, print_json, print_line, print_piece, print_table, typed_lines
+from qft.console import Screen, print_json, print_line, print_piece, print_served, print_table, typed_lines
 from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
@@ -162,6 +162,42 @@ def chat_command(
             print_line("" if conversation.turns[-1].ended else " …")
     if as_json:
         print_json({"turns": [asdict(turn) for turn in conversation.turns], "forgotten": conversation.forgotten})
+
+
+@click.command("serve")
+@click.argument("bundle_name", required=False, metavar="[BUNDLE|RUN]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; a wider one needs a key.")
+@click.option("--port", default=8000, show_default=True, help="0: any that is free.")
+@click.option(
+    "--key", envvar="QFT_KEY", help="What clients must send as API key; better set QFT_KEY, which `ps` does not show."
+)
+@click.option("--max-new-tokens", default=1024, show_default=True, help="Longest answer that may be asked for.")
+@click.option("--queue", default=32, show_default=True, help="Requests that may wait; others are answered 429.")
+@on_runs
+@shared
+def serve_command(
+    bundle_name: str | None,
+    host: str,
+    port: int,
+    key: str | None,
+    max_new_tokens: int,
+    queue: int,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Answer programs over HTTP as OpenAI does, with a BUNDLE (default: the newest run's first target). Ctrl-C ends.
+
+    Language models answer /v1/chat/completions and /v1/completions, recognisers /v1/audio/transcriptions; the others
+    /classify, /translate, /answer. The page at / tries them out.
+    """
+    from qft.serve.run import serve
+
+    bundle = _open(bundle_name, runs)
+
+    def on_ready(url: str, service: Any) -> None:
+        print_served(url, service.card, as_json=as_json)
+
+    serve(bundle, host=host, port=port, key=key, waiting=queue, most_tokens=max_new_tokens, on_ready=on_ready)
 
 
 @click.command("eval")
