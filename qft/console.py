@@ -216,14 +216,13 @@ def print_served(url: str, card: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_piece(json.dumps({"url": url, **card}, ensure_ascii=False) + "\n")
         return
-    print_table(
-        f"{card['id']} ({card['task']}, {card['target']}) at {url}",
-        [
-            ("ask", ", ".join(f"POST {path}" for path in card["endpoints"])),
-            ("see", f"{url}/   {url}/metrics"),
-            ("end", "Ctrl-C"),
-        ],
-    )
+    rows = [
+        ("page", f"{url}/"),
+        ("ask", ", ".join(f"POST {path}" for path in card["endpoints"])),
+        ("see", "/health, /metrics, /v1/models"),
+        ("end", "Ctrl-C"),
+    ]
+    print_table(f"{card['id']} ({card['task']}, {card['target']})", rows)
     sys.stdout.flush()
 
 

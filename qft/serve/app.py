@@ -188,12 +188,16 @@ def _errors(app: FastAPI) -> None:
     async def malformed(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
+        if first["type"] in ("json_invalid", "model_attributes_type"):
+            return ApiError(400, "the body must be a JSON object, sent as application/json").response
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else first["msg"]
+        message = ": ".join(filter(None, [where, first["msg"].removeprefix("Value error, ")]))
         return ApiError(400, message, param=where or None).response
 
     async def elsewhere(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, ApiError):  # a body that became too long while FastAPI read it
+            return error.__cause__.response
         return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response
 
     handlers: dict[Any, Callable[..., Any]] = {RequestValidationError: malformed, HTTPException: elsewhere}

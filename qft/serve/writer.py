@@ -106,7 +106,7 @@ class Writer:
         self._idle.remove(feed)
         writing = self._bundle.writing(feed, ids, sampler, max_new_tokens=most, schema=kept, stop=asked.stops)
         try:
-            for number, event in enumerate(_events(writing, calls=calls)):
+            for number, event in enumerate(answer_events(writing, calls=calls)):
                 if not number:
                     self._metrics.first_piece.observe(time.monotonic() - began)
                 yield event
@@ -130,7 +130,7 @@ class Writer:
         return asked or min(self._most, room)
 
 
-def _events(writing: Writing, *, calls: bool) -> Iterator[Event]:
+def answer_events(writing: Writing, *, calls: bool) -> Iterator[Event]:
     """calls: what may be one waits until the answer is whole."""
     out, mark = 0, _CALL if calls else ""
     for piece in writing:
