@@ -167,12 +167,24 @@ def chat_command(
 @click.command("serve")
 @click.argument("bundle_name", required=False, metavar="[BUNDLE|RUN]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; a wider one needs a key.")
-@click.option("--port", default=8000, show_default=True, help="0: any that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option(
     "--key", envvar="QFT_KEY", help="What clients must send as API key; better set QFT_KEY, which `ps` does not show."
 )
-@click.option("--max-new-tokens", default=1024, show_default=True, help="Longest answer that may be asked for.")
-@click.option("--queue", default=32, show_default=True, help="Requests that may wait; others are answered 429.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Longest answer that may be asked for.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Requests that may wait; others are answered 429.",
+)
 @on_runs
 @shared
 def serve_command(

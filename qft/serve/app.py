@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from qft.bundle.manifest import Bundle
-from qft.errors import QftError
+from qft.errors import InputError, QftError
 from qft.serve.errors import ApiError, api_error
 from qft.serve.forms import ChatAsked, CompletionAsked, QuestionAsked, TextsAsked
 from qft.serve.guard import Guard
@@ -39,12 +39,14 @@ _PAGE_RULES = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe
 
 
 class Service:
-    """A bundle with its session, asked by one thread. To be stopped."""
+    """A bundle with its session, asked by one thread. Raises InputError as `open_session` does, or for another task."""
 
     def __init__(self, bundle: Bundle, *, waiting: int, most_tokens: int) -> None:
-        self.bundle, self.runner = bundle, bundle.runner()
         self.name, self.task = bundle.manifest["name"], bundle.manifest["task"]
+        if self.task not in _ENDPOINTS:
+            raise InputError(f"a bundle for {self.task} cannot be served", hint="ask it with `qft predict`")
         self.endpoints = [*_ENDPOINTS[self.task], *(["/classify"] if bundle.known_labels else [])]
+        self.bundle, self.runner = bundle, bundle.runner()
         self.turns = Turns(at_once=AT_ONCE, waiting=waiting)
         self.metrics = Metrics(self.turns)
         self.most_tokens = most_tokens
@@ -139,7 +141,8 @@ async def _streamed(
                 if usage_wanted:
                     yield shape.used(usage(begun.prompt_tokens, one.tokens))
     except Exception as error:
-        _log(error)
+        if api_error(error).status == 500:
+            logging.getLogger("uvicorn.error").error("a request failed", exc_info=error)
         yield event(api_error(error).body)
         return
     yield event("[DONE]")
@@ -182,8 +185,7 @@ def _tasks(app: FastAPI, service: Service) -> None:
 
 def _errors(app: FastAPI) -> None:
     async def told(_: Request, error: Exception) -> Response:
-        _log(error)
-        return api_error(error).response
+        return api_error(error).response  # a defect of ours is raised on, and uvicorn logs it
 
     async def malformed(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -205,9 +207,3 @@ def _errors(app: FastAPI) -> None:
         handlers[kind] = told
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
-
-
-def _log(error: Exception) -> None:
-    """A defect of ours goes to the server's own log."""
-    if api_error(error).status == 500:
-        logging.getLogger("uvicorn.error").error("a request failed", exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -40,7 +41,10 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QftError):
-        return ApiError(400, "; ".join(str(problem).replace("\n  ", "; ") for problem in error.problems))
+        problems = [
+            replace(p, where="") if p.where.startswith("--") else p for p in error.problems
+        ]  # options of commands
+        return ApiError(400, "; ".join(str(p).replace("\n  ", "; ") for p in problems), param=problems[0].where or None)
     if isinstance(error, Full):
         return ApiError(429, "too many requests wait already; try again later", code="rate_limit_exceeded")
     if isinstance(error, Stopped):

@@ -18,7 +18,7 @@ class Metrics:
         self.tokens = self._counter("qft_tokens", "Tokens read (prompt) and written (answer).", "kind")
         self.seconds = self._histogram("qft_request_seconds", "Seconds from a request to the end of its answer.")
         self.first_piece = self._histogram(
-            "qft_first_piece_seconds", "Seconds until an answer's first piece, waiting included."
+            "qft_first_piece_seconds", "Seconds from an answer's turn to its first piece."
         )
         for name, text in (("working", "Answers in work."), ("waiting", "Answers that wait.")):
             gauge = Gauge(f"qft_answers_{name}", text, registry=self._registry)

@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from qft.serve.turns import Ticket
+from qft.serve.errors import ApiError
+from qft.serve.turns import Stopped, Ticket
 
 
 @asynccontextmanager
@@ -26,6 +27,8 @@ async def until_gone(request: Request, ticket: Ticket) -> AsyncIterator[None]:
     watching = asyncio.create_task(watch())
     try:
         yield
+    except Stopped:
+        raise ApiError(499, "the client has gone") if ticket.cancelled else Stopped from None
     except BaseException:
         ticket.cancel()
         raise

@@ -40,7 +40,7 @@ class Ticket:
         """What the steps give, as it comes."""
         while (event := await self._events.get()) is not _END:
             if isinstance(event, BaseException):
-                raise event
+                raise event if isinstance(event, Exception) else RuntimeError(str(event)) from event
             yield event
 
     def cancel(self) -> None:
@@ -116,7 +116,7 @@ class Turns:
         except StopIteration:
             ticket.put(_END)
             return False
-        except Exception as error:
+        except BaseException as error:  # a panic of llguidance is no Exception: the other answers go on
             ticket.put(error)
             return False
         return True

@@ -65,15 +65,16 @@ class Writer:
         ids = self._bundle.conversation_ids(messages, tools)
         if forced is not None and self._tags_calls(tools):
             ids += self._tokenizer.encode(f"{_CALL}\n")
-        limit = asked.max_completion_tokens or asked.max_tokens
-        yield from self._answer(ids, asked, limit, wanted if forced is None else forced, calls=bool(tools))
+        most = self._limit(len(ids), asked.max_completion_tokens or asked.max_tokens, usual=self._most)
+        yield from self._answer(ids, asked, most, wanted if forced is None else forced, calls=bool(tools))
 
     def complete(self, asked: CompletionAsked) -> Iterator[Event]:
         """What follows a text, as it stands: no template is put around it."""
         ids = self._tokenizer.encode(asked.text, add_special_tokens=True)
         if not ids:
             raise ApiError(400, "prompt is empty", param="prompt")
-        yield from self._answer(ids, asked, asked.max_tokens or 16, asked.response_format.schema_wanted, calls=False)
+        most = self._limit(len(ids), asked.max_tokens, usual=16)  # OpenAI's
+        yield from self._answer(ids, asked, most, asked.response_format.schema_wanted, calls=False)
 
     def _conversation(self, asked: ChatAsked) -> tuple[Sequence[Message], Sequence[Tool]]:
         """The user's turns in the recipe's prompt, as they were learnt."""
@@ -96,10 +97,9 @@ class Writer:
         return answer.rfind(_CALL) > answer.rfind("</tool_call>")
 
     def _answer(
-        self, ids: list[int], asked: ChatAsked | CompletionAsked, limit: int | None, schema: Any, *, calls: bool
+        self, ids: list[int], asked: ChatAsked | CompletionAsked, most: int, schema: Any, *, calls: bool
     ) -> Iterator[Event]:
-        most, began = self._limit(len(ids), limit), time.monotonic()
-        sampler = Sampler(asked.sampling)
+        began, sampler = time.monotonic(), Sampler(asked.sampling)
         kept = None if schema is None else Schema(schema, self._tokenizer)
         yield Begun(len(ids))
         feed = max(self._idle, key=lambda one: one.known(ids))
@@ -115,7 +115,7 @@ class Writer:
             self._metrics.tokens.labels("prompt").inc(len(ids))
             self._metrics.tokens.labels("answer").inc(writing.count)
 
-    def _limit(self, prompt: int, asked: int | None) -> int:
+    def _limit(self, prompt: int, asked: int | None, *, usual: int) -> int:
         """How many tokens the answer may have."""
         if asked is not None and asked > self._most:
             raise ApiError(400, f"this server writes at most {self._most} tokens an answer", param="max_tokens")
@@ -127,7 +127,7 @@ class Writer:
                 param="messages" if asked is None else "max_tokens",
                 code="context_length_exceeded",
             )
-        return asked or min(self._most, room)
+        return asked or min(usual, self._most, room)
 
 
 def answer_events(writing: Writing, *, calls: bool) -> Iterator[Event]:

@@ -155,6 +155,7 @@ def test_openai_python_errors_are_ones_that_it_knows(
     with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=said) as caught:
         client.chat.completions.create(**{"model": "tiny", "messages": ASKED, "stream": stream, **more})
     assert caught.value.type == "invalid_request_error"
+    assert "--" not in caught.value.message  # no word of the command line
 
 
 def test_openai_python_transcription_is_not_what_a_language_model_does(client: openai.OpenAI) -> None:

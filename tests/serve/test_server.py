@@ -135,6 +135,7 @@ def test_who_goes_takes_the_answer_along(served: Served) -> None:
                 httpx.post(f"{served.url}/v1/completions", json=LONG, timeout=0.2)
         until(idle, 3)
         assert 0 < served.metrics()[tokens] - before < whole - 100
+    assert not [name for name in served.metrics() if name.startswith("qft_requests_total") and 'status="50' in name]
 
 
 def test_a_wider_address_needs_a_key_and_the_key_is_never_shown(text_bundle: Path) -> None:
