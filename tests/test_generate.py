@@ -158,7 +158,7 @@ def test_reading_in_parts_and_going_on_gives_the_greedy_answer(
 ) -> None:
     prompt = tokenizer.encode("a fine film last night with friends and a joy to watch")
     (expected,) = runner.generate([prompt], max_new_tokens=12, stop_ids=tokenizer.stop_ids)
-    monkeypatch.setattr("qft.bundle.generate._READ_AT_ONCE", 5)
+    monkeypatch.setattr("qft.bundle.generate.READ_AT_ONCE", 5)
     feed = Feed(runner)
     found = list(tokens(feed, prompt, Sampler(GREEDY), max_new_tokens=12, stop_ids=tokenizer.stop_ids))
     assert found == expected

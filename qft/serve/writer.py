@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qft.bundle.constrained import Schema
-from qft.bundle.generate import Feed, Writing, begun
+from qft.bundle.generate import READ_AT_ONCE, Feed, Writing, begun
 from qft.bundle.manifest import Bundle
 from qft.bundle.sampling import Sampler
 from qft.bundle.session import OnnxRunner
@@ -106,6 +106,9 @@ class Writer:
         self._idle.remove(feed)
         writing = self._bundle.writing(feed, ids, sampler, max_new_tokens=most, schema=kept, stop=asked.stops)
         try:
+            if len(ids) > READ_AT_ONCE:
+                for _ in feed.read(ids[:-1]):  # a long prompt is read in turns too
+                    yield Piece("")
             for number, event in enumerate(answer_events(writing, calls=calls)):
                 if not number:
                     self._metrics.first_piece.observe(time.monotonic() - began)

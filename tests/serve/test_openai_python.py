@@ -9,6 +9,7 @@ import jsonschema
 import openai
 import pytest
 
+from qft.bundle.generate import READ_AT_ONCE
 from qft.bundle.manifest import Bundle
 from tests.serve.conftest import Served
 
@@ -161,3 +162,15 @@ def test_openai_python_errors_are_ones_that_it_knows(
 def test_openai_python_transcription_is_not_what_a_language_model_does(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="this bundle is for text-generation: ask POST /v1/chat/completions"):
         client.audio.transcriptions.create(model="tiny", file=b"RIFF")
+
+
+def test_openai_python_a_long_prompt_is_read_in_turns_and_answered_the_same(
+    client: openai.OpenAI, text_bundle: Path
+) -> None:
+    text = "a fine film last night and a waste of time " * 24
+    bundle = Bundle.load(text_bundle)
+    ids = bundle.prompt_ids(text)
+    assert len(ids) > 2 * READ_AT_ONCE
+    (expected,) = bundle.runner().generate([ids], max_new_tokens=8, stop_ids=bundle.tokenizer.stop_ids)
+    found = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], max_tokens=8)
+    assert found.choices[0].message.content == bundle.tokenizer.decode(expected)
