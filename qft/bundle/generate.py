@@ -11,9 +11,8 @@ from qft.bundle.session import Cache, OnnxRunner
 from qft.data.tokenizer import TextTokenizer
 
 _BROKEN = "\ufffd"  # what bytes decode to that are not yet a whole character
-READ_AT_ONCE = (
-    128  # tokens: logits come for each of them, 1 MB for a vocabulary of 262,144; 512 were no faster and took 1 GB more
-)
+# Tokens: logits come for each of them, 1 MB for a vocabulary of 262,144. 512 were no faster and took 1 GB more.
+READ_AT_ONCE = 128
 
 
 class Feed:

@@ -75,9 +75,10 @@ class Turns:
         with self._changed:
             if self._stopped:
                 raise Stopped
-            # A ticket that was given up still stands in its row until its next turn.
-            waiting = sum(not ticket.cancelled for ticket in self._waiting)
-            if len(self._working) + waiting >= self.at_once + self.most_waiting:
+            for given_up in [one for one in self._waiting if one.cancelled]:
+                self._waiting.remove(given_up)
+                given_up.put(Stopped())
+            if len(self._working) + len(self._waiting) >= self.at_once + self.most_waiting:
                 raise Full
             ticket = Ticket(steps)
             self._waiting.append(ticket)

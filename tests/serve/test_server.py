@@ -180,6 +180,17 @@ def test_a_short_answer_does_not_wait_for_long_ones(served: Served) -> None:
         assert short < (time.monotonic() - began) / 2
 
 
+def test_who_goes_while_waiting_leaves_the_place_to_others(text_bundle: Path) -> None:
+    with serving(text_bundle, "--queue", "1") as served, ThreadPoolExecutor(4) as pool:
+        long = [pool.submit(served.post, "/v1/completions", {**LONG, "seed": n}) for n in range(4)]
+        until(lambda: httpx.get(f"{served.url}/health").json()["working"] == 4)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{served.url}/v1/chat/completions", json=CHAT, timeout=0.2)
+        time.sleep(0.1)  # until the server has seen that it went
+        assert served.post("/v1/chat/completions", CHAT).status_code == 200
+        assert all(one.result().status_code == 200 for one in long)
+
+
 @pytest.mark.parametrize("each", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_of_32_clients_each_is_answered_or_told_to_come_again(text_bundle: Path, each: int) -> None:
     with serving(text_bundle, "--queue", "8") as served, ThreadPoolExecutor(32) as pool:
