@@ -211,6 +211,21 @@ def print_piece(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_served(url: str, card: Mapping[str, Any], *, as_json: bool) -> None:
+    """Where a server is, at once: whoever started it waits for this line."""
+    if as_json:
+        print_piece(json.dumps({"url": url, **card}, ensure_ascii=False) + "\n")
+        return
+    rows = [
+        ("page", f"{url}/"),
+        ("ask", ", ".join(f"POST {path}" for path in card["endpoints"])),
+        ("see", "/health, /metrics, /v1/models"),
+        ("end", "Ctrl-C"),
+    ]
+    print_table(f"{card['id']} ({card['task']}, {card['target']})", rows)
+    sys.stdout.flush()
+
+
 def typed_lines(mark: str) -> Iterator[str]:
     """Lines as they are typed after a mark, or those of a file on stdin, without empty ones. Ctrl-C and Ctrl-D end them."""
     if not sys.stdin.isatty():

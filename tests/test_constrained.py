@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from qft.bundle.constrained import Labels, Schema
+from qft.bundle.generate import Feed
+from qft.bundle.sampling import Sampler
 from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.errors import InputError
@@ -66,12 +68,17 @@ def prompt(tokenizer: TextTokenizer) -> list[int]:
     return tokenizer.encode(tokenizer.render(turns, add_generation_prompt=True))
 
 
+def written(schema: Any, runner: OnnxRunner, tokenizer: TextTokenizer, prompt: list[int], most: int) -> list[int]:
+    """A greedy answer's tokens."""
+    return list(Schema(schema, tokenizer).tokens(Feed(runner), prompt, Sampler(), max_new_tokens=most))
+
+
 @pytest.mark.parametrize("most", [4, 60])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_an_answer_is_valid_and_ends_by_itself_however_few_tokens_it_is_given(
     name: str, most: int, runner: OnnxRunner, tokenizer: TextTokenizer, prompt: list[int]
 ) -> None:
-    ids = Schema(SCHEMAS[name], tokenizer).write(runner, prompt, max_new_tokens=most)
+    ids = written(SCHEMAS[name], runner, tokenizer, prompt, most)
     assert ids[-1] in tokenizer.stop_ids
     assert not set(ids[:-1]) & set(tokenizer.special_ids)
     jsonschema.validate(json.loads(tokenizer.decode(ids)), SCHEMAS[name], format_checker=jsonschema.FormatChecker())
@@ -81,7 +88,7 @@ def test_what_a_schema_does_not_forbid_is_the_greedy_answer(
     runner: OnnxRunner, tokenizer: TextTokenizer, prompt: list[int]
 ) -> None:
     """Every token that is not greedy is one where the greedy one was not allowed."""
-    ids = Schema(PERSON, tokenizer).write(runner, prompt, max_new_tokens=60)
+    ids = written(PERSON, runner, tokenizer, prompt, 60)
     greedy = runner.logits([[*prompt, *ids[:-1]]], len(ids))[0].argmax(-1)
     matcher = Schema(PERSON, tokenizer)._matcher()
     for token, first in list(zip(ids, greedy.tolist(), strict=True))[:60]:
@@ -147,7 +154,7 @@ def test_a_tokens_bytes_are_the_texts(
     tokenizer, text = TextTokenizer.load(tmp_path), 'a fine film\n\t "好" é 🙂'
     table = tokenizer.token_bytes()
     assert b"".join(table[token] for token in tokenizer.encode(text)) == text.encode()
-    ids = Schema(PERSON, tokenizer).write(runner, prompt, max_new_tokens=20)
+    ids = written(PERSON, runner, tokenizer, prompt, 20)
     jsonschema.validate(json.loads(tokenizer.decode(ids)), PERSON)
 
 

@@ -47,7 +47,7 @@ LEVELS = [
     ["data"],
     ["quant"],
     ["bundle"],
-    ["measure", "graph", "training"],
+    ["measure", "graph", "training", "serve"],
     ["tasks", "report", "runfolder"],
     ["stages"],
     ["pipeline"],
@@ -119,7 +119,7 @@ def fresh(code: str) -> str:
 
 @pytest.mark.parametrize("name", ["qft.bundle.manifest", "qft.bundle.golden", "qft.bundle.assets", "qft.measure.quality",
                                   "qft.measure.parity", "qft.measure.speed", "qft.measure.transcripts", "qft.measure.translations",
-                                  "qft.cli.use"])  # fmt: skip
+                                  "qft.cli.use", "qft.serve.run"])  # fmt: skip
 def test_a_bundle_is_opened_and_measured_without_torch(name: str) -> None:
     found = fresh(f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
     assert found.strip() == "[]"

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qft.base_model import PlaceHead, load
-from qft.bundle.manifest import question_of
+from qft.bundle.lines import question_of
 from qft.bundle.reader import PADDING, Reading, find, span_scores
 from qft.data.examples import Shape, to_examples
 from qft.data.passages import Passage, read_passage

@@ -34,6 +34,18 @@ class Labels:
         return ", ".join(self.names[number] for number in row.labels)
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A text's label (several: with commas), its calibrated probability, and whether that is enough to be relied on."""
+
+    text: str
+    probability: float
+    accepted: bool
+
+    def __str__(self) -> str:
+        return f"{self.text or '(none)'}  {self.probability:.0%}{'' if self.accepted else '  unsure'}"
+
+
 class OnnxClassifier:
     """Runs a model with a head over labels, as optimum exports it."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from qft.bundle.generate import Feed
+from qft.bundle.sampling import Sampler
 from qft.bundle.session import OnnxRunner
 from qft.data.encode import encode
 from qft.data.examples import Example
@@ -114,26 +116,26 @@ class Schema:
 
         return llguidance.LLMatcher(self._table, self._grammar, log_level=0)
 
-    def write(self, runner: OnnxRunner, prompt: Sequence[int], *, max_new_tokens: int) -> list[int]:
-        """The greedy answer among those that the schema allows, with the token that ends it.
+    def tokens(self, feed: Feed, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int) -> Iterator[int]:
+        """An answer's tokens, chosen among those that the schema allows, and the token that ends it.
 
         It is never cut short: after max_new_tokens it takes the shortest way to its end. Raises InputError if there is none.
         """
-        matcher, out = self._matcher(), list[int]()
+        matcher, ids, most = self._matcher(), list(prompt), len(prompt) + max_new_tokens
         endings = [found[0] for text in _ENDINGS if len(found := self._tokenizer.encode(text)) == 1]
-        logits, cache = runner.prefill([prompt])
-        while len(out) < max_new_tokens + _MOST_CLOSING:
-            allowed = self._allowed(matcher, logits.shape[-1])
-            token = int(np.where(allowed, logits[0, -1], -np.inf).argmax())
-            if len(out) >= max_new_tokens:
+        while len(ids) < most + _MOST_CLOSING:
+            logits = feed.after(ids)
+            allowed = self._allowed(matcher, len(logits))
+            token = sampler.choose(np.where(allowed, logits, -np.inf), ids)
+            if len(ids) >= most:
                 token = next((one for one in (*self._tokenizer.stop_ids, *endings) if allowed[one]), token)
-            out.append(token)
+            ids.append(token)
+            yield token
             if token in self._tokenizer.stop_ids:
-                return out
+                return
             matcher.consume_token(token)
-            logits, cache = runner.step([token], cache)
         raise InputError(
-            f"the answer does not end within {len(out)} tokens",
+            f"the answer does not end within {len(ids) - len(prompt)} tokens",
             where=_WHERE,
             hint="bound it with maxItems, maxLength",
         )

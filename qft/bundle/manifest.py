@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from qft.bundle.assets import read_generation
+from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
-from qft.bundle.classifier import OnnxClassifier
 from qft.bundle.constrained import Choice, Labels, Schema
+from qft.bundle.generate import Feed, Writing, tokens
+from qft.bundle.lines import conversation_of, question_of
 from qft.bundle.reader import Found, OnnxReader, Reading, find
+from qft.bundle.sampling import GREEDY, Sampler, Sampling
 from qft.bundle.seq2seq import OnnxNetwork, Reader, Rules, Seq2SeqRunner, SpeechReader, TextReader, speech_prompt
 from qft.bundle.session import OnnxRunner
 from qft.data.audio import Clip, cut
-from qft.data.conversations import Tool, read_conversation, written_out
+from qft.data.conversations import Tool, written_out
 from qft.data.examples import around_place
 from qft.data.labelled import shortened
 from qft.data.passages import NO_ANSWER, Passage
@@ -70,18 +73,6 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A text's label (several: with commas), its calibrated probability, and whether that is enough to be relied on."""
-
-    text: str
-    probability: float
-    accepted: bool
-
-    def __str__(self) -> str:
-        return f"{self.text or '(none)'}  {self.probability:.0%}{'' if self.accepted else '  unsure'}"
 
 
 class Bundle:
@@ -140,6 +131,18 @@ class Bundle:
         return LabelNames(tuple(self.manifest["labels"]), self.manifest["several_labels"])
 
     @property
+    def known_labels(self) -> list[str]:
+        """What a model that writes was tuned to answer with, if it was tuned on labels, one a row."""
+        labels = [] if self.manifest["several_labels"] else self.manifest["labels"]
+        return labels if self.writes and len(labels) > 1 else []
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens that the model can see at once."""
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        return int(config.get("max_position_embeddings", 2048))
+
+    @property
     def transcribes(self) -> bool:
         """Whether it is given sound files."""
         return self.manifest["task"] == "automatic-speech-recognition"
@@ -156,15 +159,31 @@ class Bundle:
         return self._kind(self.models["model"], **options)
 
     def predict(
-        self, lines: list[str], runner: Any, *, max_new_tokens: int, labels: Sequence[str] = (), schema: Any = None
+        self,
+        lines: list[str],
+        runner: Any,
+        *,
+        max_new_tokens: int,
+        labels: Sequence[str] = (),
+        schema: Any = None,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
     ) -> Sequence[Answer | Choice | Decision | Found]:
         """What the model makes of each line: a label, an answer found in a context, or one of at most max_new_tokens.
 
         labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was.
         Raises InputError for a line that is not of the form that the task asks for.
         """
-        if (labels or schema is not None) and not self.writes:
-            raise InputError(f"a bundle for {self.manifest['task']} does not write", where="--labels, --schema")
+        free = schema is None and sampling == GREEDY and not stop
+        if (labels or not free) and not self.writes:
+            raise InputError(
+                f"a bundle for {self.manifest['task']} does not write",
+                where="--labels, --schema, --temperature, --stop",
+            )
+        if labels and not free:
+            raise InputError(
+                "a label is not sampled and has no form", where="--labels", hint="leave it or the others out"
+            )
         if self._kind is OnnxReader:
             return [self.find(*question_of(line), runner) for line in lines]
         if self.transcribes:
@@ -173,12 +192,10 @@ class Bundle:
             return self.translate(lines, runner, max_new_tokens=max_new_tokens)
         if self.classifies:
             return self.classify(lines, runner)
-        if schema is not None:
-            return self.answer(lines, runner, max_new_tokens=max_new_tokens, schema=Schema(schema, self.tokenizer))
-        known = [] if self.manifest["several_labels"] else self.manifest["labels"]
-        if labels or len(known) > 1:
-            return self.choose(lines, runner, Labels(labels or known, self.tokenizer))
-        return self.answer(lines, runner, max_new_tokens=max_new_tokens)
+        if labels or (free and self.known_labels):
+            return self.choose(lines, runner, Labels(labels or self.known_labels, self.tokenizer))
+        kept = None if schema is None else Schema(schema, self.tokenizer)
+        return self.answer(lines, runner, max_new_tokens=max_new_tokens, schema=kept, sampling=sampling, stop=stop)
 
     @property
     def reader(self) -> Reader:
@@ -187,15 +204,20 @@ class Bundle:
 
     def transcribe(self, paths: list[str], runner: Seq2SeqRunner) -> list[Answer]:
         """What is said in each sound file; long ones are cut at quiet places and put together again."""
+        answers = []
+        for path in paths:
+            heard = list(self.heard(path, runner))
+            text = " ".join(part.text for part in heard)
+            answers.append(Answer(text, all(part.ended for part in heard), sum(part.tokens for part in heard)))
+        return answers
+
+    def heard(self, path: str, runner: Seq2SeqRunner) -> Iterator[Answer]:
+        """What is said in each part of a sound file, one after another."""
         prompt, stops = speech_prompt(self.tokenizer), self.tokenizer.stop_ids
         most = min(self.manifest["max_length"], MOST_TOKENS) - len(prompt)
-        answers, seconds = [], SpeechReader.load(self.folder).seconds
-        for path in paths:
-            clips = [Given(clip, prompt) for clip in cut(Clip(path), seconds)]
-            written = [runner.generate([clip], max_new_tokens=most, stop_ids=stops)[0] for clip in clips]
-            text = " ".join(self.tokenizer.decode(ids).strip() for ids in written)
-            answers.append(Answer(text, all(ids[-1] in stops for ids in written), sum(map(len, written))))
-        return answers
+        for clip in cut(Clip(path), SpeechReader.load(self.folder).seconds):
+            (ids,) = runner.generate([Given(clip, prompt)], max_new_tokens=most, stop_ids=stops)
+            yield Answer(self.tokenizer.decode(ids).strip(), ids[-1] in stops, len(ids))
 
     def translate(self, texts: list[str], runner: Seq2SeqRunner, *, max_new_tokens: int) -> list[Answer]:
         """Each text's translation; of a text longer than training.max_length its beginning's."""
@@ -234,9 +256,11 @@ class Bundle:
 
         That is a JSON line, {"messages": […], "tools": […]}, of which no recipe's prompt is put around any turn.
         """
-        messages, tools = _conversation(text)
-        if not messages:
-            messages = (Message("user", self.content(text)),)
+        messages, tools = conversation_of(text)
+        return self.conversation_ids(messages or (Message("user", self.content(text)),), tools)
+
+    def conversation_ids(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        """What the model is fed for a conversation; the recipe's system words open one that has none."""
         if not self.tokenizer.has_chat_template:
             joined = "".join(message.content for message in written_out(messages, tools))
             return self.tokenizer.encode(joined, add_special_tokens=True)
@@ -245,19 +269,40 @@ class Bundle:
         return self.tokenizer.encode(self.tokenizer.render(messages, add_generation_prompt=True, tools=tools))
 
     def answer(
-        self, texts: list[str], runner: OnnxRunner, *, max_new_tokens: int, schema: Schema | None = None
+        self,
+        texts: list[str],
+        runner: OnnxRunner,
+        *,
+        max_new_tokens: int,
+        schema: Schema | None = None,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
     ) -> list[Answer]:
-        """Greedy answers, one a text; by a schema, JSON that is valid and whole."""
-        stops = self.tokenizer.stop_ids
-        answers = []
+        """Answers, one a text, greedy unless `sampling` says otherwise; by a schema, JSON that is valid and whole."""
+        answers, feed, sampler = [], Feed(runner), Sampler(sampling)
         for text in texts:
             prompt = self.prompt_ids(text)
-            if schema is None:
-                ids = runner.generate([prompt], max_new_tokens=max_new_tokens, stop_ids=stops)[0]
-            else:
-                ids = schema.write(runner, prompt, max_new_tokens=max_new_tokens)
-            answers.append(Answer(self.tokenizer.decode(ids), ids[-1] in stops, len(ids)))
+            writing = self.writing(feed, prompt, sampler, max_new_tokens=max_new_tokens, schema=schema, stop=stop)
+            said = "".join(writing)
+            answers.append(Answer(said, writing.ended, writing.count))
         return answers
+
+    def writing(
+        self,
+        feed: Feed,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        *,
+        max_new_tokens: int,
+        schema: Schema | None = None,
+        stop: Sequence[str] = (),
+    ) -> Writing:
+        """The answer to a prompt, to be read piece by piece."""
+        if schema is None:
+            ids = tokens(feed, prompt, sampler, max_new_tokens=max_new_tokens, stop_ids=self.tokenizer.stop_ids)
+        else:
+            ids = schema.tokens(feed, prompt, sampler, max_new_tokens=max_new_tokens)
+        return Writing(ids, self.tokenizer, stop)
 
     def choose(self, texts: list[str], runner: OnnxRunner, labels: Labels) -> list[Choice]:
         """The likeliest of some labels, one a text."""
@@ -273,29 +318,3 @@ class Bundle:
             if name in there and there[name] != expected[name]
         ]
         return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]
-
-
-def _conversation(line: str) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
-    """Messages and tools of a JSON line that holds any; nothing of a text."""
-    try:
-        asked = json.loads(line) if line.lstrip().startswith("{") else None
-    except ValueError:
-        return (), ()
-    if not isinstance(asked, dict) or "messages" not in asked:
-        return (), ()
-    return read_conversation(asked, "the line")
-
-
-def question_of(line: str) -> tuple[str, str]:
-    """Question and context of a JSON line. Raises InputError if it holds something else."""
-    try:
-        asked = json.loads(line)
-        question, context = asked["question"], asked["context"]
-    except (ValueError, TypeError, KeyError):
-        question = context = None
-    if not isinstance(question, str) or not isinstance(context, str):
-        raise InputError(
-            f"not a question with its context: {line[:60]}",
-            hint='a line is {"question": "…", "context": "…"}, as JSON',
-        )
-    return question, context

@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("use", "Measure a bundle's quality on held-out rows, or on rows of your own."),
     "predict": ("use", "Ask a bundle, without torch."),
     "chat": ("use", "Talk with a bundle, without torch."),
+    "serve": ("use", "Answer programs over HTTP as OpenAI does, without torch."),
     "check": ("use", "Compare a bundle's files and golden cases with what it promises."),
     "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
     "doctor": ("start", "Show what this machine has and can do."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import asdict, replace
@@ -13,8 +14,9 @@ import click
 from qft.bundle.chat import Conversation
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
+from qft.bundle.sampling import SAMPLING_NAMES, Sampling
 from qft.cli.options import find_run, on_runs, shared
-from qft.console import Screen, print_json, print_line, print_piece, print_table, typed_lines
+from qft.console import Screen, print_json, print_line, print_piece, print_served, print_table, typed_lines
 from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
 from qft.data.rows import read_rows
@@ -31,6 +33,15 @@ from qft.stages.job import Job, make_task
 from qft.stages.prepare import audio_folders, layout_of, shape_of
 from qft.tasks.registry import Task
 
+_SAMPLING: list[tuple[str, type, str]] = [
+    ("temperature", float, "How much chance there is in an answer. Default: 0, none; 1 if the choice is narrowed."),
+    ("top_k", int, "Choose among so many of the likeliest tokens."),
+    ("top_p", float, "Choose among the likeliest tokens that together have this share."),
+    ("min_p", float, "Choose among tokens at least this share as likely as the likeliest."),
+    ("repetition_penalty", float, "Above 1: what was said before becomes less likely."),
+    ("seed", int, "The same seed makes the same choices."),
+]
+
 
 def _on_bundle(function: Any) -> Any:
     function = click.option(
@@ -40,6 +51,21 @@ def _on_bundle(function: Any) -> Any:
         help="A bundle's folder or a run; default: the newest run's first target.",
     )(function)
     return on_runs(shared(function))
+
+
+def _sampled(function: Any) -> Any:
+    """--temperature … --seed and --stop, which become `sampling` and `stop`."""
+
+    @functools.wraps(function)
+    def command(stop: tuple[str, ...], **options: Any) -> Any:
+        sampling = Sampling.asked(**{name: options.pop(name) for name in SAMPLING_NAMES})
+        return function(stop=stop, sampling=sampling, **options)
+
+    for name, kind, text in reversed(_SAMPLING):
+        command = click.option(f"--{name.replace('_', '-')}", type=kind, help=text)(command)
+    return click.option("--stop", multiple=True, metavar="TEXT", help="End an answer before this text; repeatable.")(
+        command
+    )
 
 
 def _open(name: str | None, runs: Path) -> Bundle:
@@ -58,12 +84,15 @@ def _open(name: str | None, runs: Path) -> Bundle:
 @click.option("--max-new-tokens", default=64, show_default=True, help="Longest answer.")
 @click.option("--labels", metavar="A,B,C", help="Choose one of these; default: of those it was tuned on, if it was.")
 @click.option("--schema", type=click.Path(path_type=Path), help="JSON Schema file that every answer is kept to.")
+@_sampled
 @_on_bundle
 def predict_command(
     texts: tuple[str, ...],
     max_new_tokens: int,
     labels: str | None,
     schema: Path | None,
+    sampling: Sampling,
+    stop: tuple[str, ...],
     bundle_name: str | None,
     runs: Path,
     as_json: bool,
@@ -85,6 +114,8 @@ def predict_command(
         max_new_tokens=max_new_tokens,
         labels=[name.strip() for name in labels.split(",")] if labels else (),
         schema=_schema(schema) if schema else None,
+        sampling=sampling,
+        stop=stop,
     )
     if as_json:
         said = [asdict(answer) for answer in answers]
@@ -106,11 +137,20 @@ def _schema(path: Path) -> Any:
 @click.command("chat")
 @click.option("--system", help="Other words than the recipe's to open the conversation with.")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer.")
+@_sampled
 @_on_bundle
-def chat_command(system: str | None, max_new_tokens: int, bundle_name: str | None, runs: Path, as_json: bool) -> None:
+def chat_command(
+    system: str | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    bundle_name: str | None,
+    runs: Path,
+    as_json: bool,
+) -> None:
     """Talk with a bundle: a line is what you say. Ctrl-C stops an answer, Ctrl-D ends; stdin may be a file of lines."""
     bundle = _open(bundle_name, runs)
-    conversation = Conversation(bundle, bundle.runner(), system=system)
+    conversation = Conversation(bundle, bundle.runner(), system=system, sampling=sampling, stop=stop)
     for line in typed_lines("› "):
         try:
             for piece in conversation.say(line, max_new_tokens=max_new_tokens):
@@ -122,6 +162,54 @@ def chat_command(system: str | None, max_new_tokens: int, bundle_name: str | Non
             print_line("" if conversation.turns[-1].ended else " …")
     if as_json:
         print_json({"turns": [asdict(turn) for turn in conversation.turns], "forgotten": conversation.forgotten})
+
+
+@click.command("serve")
+@click.argument("bundle_name", required=False, metavar="[BUNDLE|RUN]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; a wider one needs a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option(
+    "--key", envvar="QFT_KEY", help="What clients must send as API key; better set QFT_KEY, which `ps` does not show."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Longest answer that may be asked for.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Requests that may wait; others are answered 429.",
+)
+@on_runs
+@shared
+def serve_command(
+    bundle_name: str | None,
+    host: str,
+    port: int,
+    key: str | None,
+    max_new_tokens: int,
+    queue: int,
+    runs: Path,
+    as_json: bool,
+) -> None:
+    """Answer programs over HTTP as OpenAI does, with a BUNDLE (default: the newest run's first target). Ctrl-C ends.
+
+    Language models answer /v1/chat/completions and /v1/completions, recognisers /v1/audio/transcriptions; the others
+    /classify, /translate, /answer. The page at / tries them out.
+    """
+    from qft.serve.run import serve
+
+    bundle = _open(bundle_name, runs)
+
+    def on_ready(url: str, service: Any) -> None:
+        print_served(url, service.card, as_json=as_json)
+
+    serve(bundle, host=host, port=port, key=key, waiting=queue, most_tokens=max_new_tokens, on_ready=on_ready)
 
 
 @click.command("eval")

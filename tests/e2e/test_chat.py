@@ -103,3 +103,18 @@ def test_a_bundle_without_a_template_does_not_converse(bundle: Bundle, tmp_path:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     with pytest.raises(InputError, match="no chat template"):
         Conversation(Bundle.load(tmp_path), bundle.runner())
+
+
+def test_an_answer_is_sampled_by_a_seed_and_ends_at_a_stop_text(finished: Path, typed: Type) -> None:
+    line = "qft predict --json dull-and-slow --max-new-tokens 24 --temperature 2 --seed"
+    first, again, other = (as_json(typed(finished, f"{line} {seed}"))["answers"][0]["text"] for seed in (1, 1, 2))
+    assert first == again != other
+    stop = first.split()[-1]
+    (stopped,) = as_json(typed(finished, f"{line} 1 --stop={stop}"))["answers"]
+    assert (stopped["text"], stopped["ended"]) == (first.partition(stop)[0], True)
+    talk = as_json(typed(finished, "qft chat --json --max-new-tokens 24 --temperature 2 --seed 1", stdin="dull"))
+    assert talk["turns"][0]["answer"]
+    for words, said in (("--temperature 3", "from 0 to 2"), ("--labels a,b --seed 1", "a label is not sampled")):
+        wrong = typed(finished, f"qft predict x {words}")
+        assert wrong.returncode == 2
+        assert said in wrong.stderr

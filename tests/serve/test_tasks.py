@@ -1,0 +1,90 @@
+"""Bundles of the other tasks: each answers its own endpoint as it does without a server, and no other."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+
+from qft.bundle.manifest import Bundle
+from tests.serve.conftest import Served, make_bundle, serving
+
+pytestmark = pytest.mark.serve
+
+
+@pytest.fixture(scope="module")
+def speech_bundle(tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recogniser with random weights that hears two seconds at a time."""
+    return make_bundle(
+        tiny_whisper, tmp_path_factory.mktemp("bundles") / "speech", "automatic-speech-recognition", max_length=12
+    )
+
+
+@pytest.fixture(scope="module")
+def hearing(speech_bundle: Path) -> Iterator[Served]:
+    with serving(speech_bundle) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five seconds: three parts."""
+    import soundfile
+
+    path = tmp_path_factory.mktemp("sounds") / "noise.wav"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 5 * 16000), 16000)
+    return path
+
+
+def test_openai_python_gets_what_is_said_in_a_sound_file(hearing: Served, speech_bundle: Path, sound: Path) -> None:
+    bundle = Bundle.load(speech_bundle)
+    (expected,) = bundle.transcribe([str(sound)], bundle.runner())
+    client = openai.OpenAI(base_url=f"{hearing.url}/v1", api_key="none", max_retries=0)
+    found = client.audio.transcriptions.create(model="tiny", file=sound, language="en")
+    assert found.text == expected.text
+    plain = client.audio.transcriptions.create(model="tiny", file=sound, response_format="text")
+    assert plain == expected.text
+    for more, said in (
+        ({"model": "whisper-1"}, "no model 'whisper-1' here"),
+        ({"file": ("talk.mp3", io.BytesIO(b"no sound"))}, "cannot read talk.mp3 as sound"),
+        ({"response_format": "srt"}, "response_format 'srt' is not served"),
+        ({"language": "de"}, "it may be en"),
+    ):
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=said):
+            client.audio.transcriptions.create(**{"model": "tiny", "file": sound, **more})
+    with pytest.raises(openai.NotFoundError, match="this bundle is for automatic-speech-recognition"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
+    assert hearing.post("/v1/audio/transcriptions", {}).status_code == 400
+
+
+def test_a_text_is_classified_as_without_a_server(tiny_encoder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from qft.bundle.assets import copy_tokenizer
+
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2, **labels).save_pretrained(
+        tmp_path / "m"
+    )
+    copy_tokenizer(tiny_encoder, tmp_path / "m")
+    facts = {"labels": ["negative", "positive"], "calibration": {"temperature": 1.5, "threshold": 0.999}}
+    folder = make_bundle(tmp_path / "m", tmp_path / "bundle", "text-classification", **facts)
+    bundle, texts = Bundle.load(folder), ["a fine film in town", "dull and slow"]
+    with serving(folder) as served:
+        found = served.post("/classify", {"input": texts, "model": "tiny"}).json()
+        for one, expected in zip(found["data"], bundle.classify(texts, bundle.runner()), strict=True):
+            assert one["text"] == expected.text
+            assert one["probability"] == pytest.approx(expected.probability, abs=1e-6)
+            assert one["accepted"] is False
+        assert served.post("/classify", {"input": "a fine film in town"}).json()["data"] == found["data"][:1]
+        assert served.post("/classify", {"input": []}).status_code == 400
+        wrong = served.post("/v1/completions", {"prompt": "x"})
+        assert (wrong.status_code, json.loads(wrong.text)["error"]["message"]) == (
+            404,
+            "this bundle is for text-classification: ask POST /classify",
+        )
