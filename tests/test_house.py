@@ -35,6 +35,7 @@ LEVELS = [
         "recipe",
         "recipe_reference",
         "recipe_loader",
+        "recipe_index",
         "sources",
         "sources_pypi",
         "base_ctranslate2",

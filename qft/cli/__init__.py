@@ -28,6 +28,7 @@ COMMANDS = {
     "chat": ("use", "Talk with a bundle, without torch."),
     "check": ("use", "Compare a bundle's files and golden cases with what it promises."),
     "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
+    "recipes": ("shelf", "List the shipped recipes with time, memory and result; `recipes copy NAME` makes one yours."),
     "doctor": ("start", "Show what this machine has and can do."),
     "schema": ("start", "List every recipe key; --json-schema for editors."),
 }
