@@ -44,6 +44,7 @@ LEVELS = [
         "base_model",
         "base_tokens",
         "targets",
+        "known_bases",
     ],
     ["data"],
     ["quant"],

@@ -1,7 +1,8 @@
-"""What there is to begin with: shipped recipes."""
+"""What there is to begin with: shipped recipes, and bases that are known."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from qft.cli.options import shared
 from qft.console import print_json, print_line, print_table
 from qft.errors import InputError
 from qft.files import write_text
+from qft.known_bases import KnownBase, fitting, known_bases
+from qft.measure.machine import machine
 from qft.paths import shipped
 from qft.recipe_index import ShippedRecipe, shipped_index
 
@@ -59,3 +62,56 @@ def copy_command(name: str, out: str | None, force: bool, as_json: bool) -> None
         print_json({"recipe": source.stem, "copied_to": str(target)})
     else:
         print_line(f"{target} is yours: change it, then `qft plan {target}` and `qft run {target}`")
+
+
+@click.command("models")
+@click.option("--task", metavar="TASK", help="Those for this task, as transformers names it.")
+@click.option("--language", metavar="CODE", help="Those that know this language: en, de, zh …")
+@click.option("--memory", metavar="4GB", help="Those with which a run takes no more than this.")
+@shared
+def models_command(task: str | None, language: str | None, memory: str | None, as_json: bool) -> None:
+    """Compare bases that are known to work: licence, weights, languages, tasks, download, and the memory a run takes.
+
+    Any other of these architectures can be named in a recipe too: a hub id, a folder, a .gguf.
+    """
+    limit = _bytes(memory) if memory else None
+    languages = (language.lower(),) if language else ()
+    bases = fitting(task=task and _known_task(task), languages=languages, memory_bytes=limit)
+    here = machine().memory_bytes
+    if as_json:
+        print_json(
+            {"memory_bytes": here, "models": [{**b.model_dump(), "predicted_run_bytes": b.run_bytes} for b in bases]}
+        )
+        return
+    if not bases:
+        raise InputError("no known base fits all of this", hint="`qft models` lists all; ask for less")
+    print_table(
+        f"known bases; to run: the predicted peak memory of a whole run, of {here / 1e9:.1f} GB here",
+        [(base.name, _about(base, here)) for base in bases],
+    )
+    print_line(
+        "\nqft init ROWS  chooses among them; a recipe names one as `model:`, the last line of each (pypi: a package, else the hub)"
+    )
+
+
+def _about(base: KnownBase, memory_bytes: int) -> str:
+    languages = "many languages" if base.languages == "many" else ", ".join(base.languages)
+    memory = f"{base.run_bytes / 1e9:.1f} GB{'' if base.run_bytes <= memory_bytes else ' (more than is here)'}"
+    return (
+        f"{base.millions:g} M weights, {base.download_mb} MB to fetch, {memory} to run; {languages}; {base.licence}\n"
+        f"{', '.join(base.tasks)}\n{base.id}"
+    )
+
+
+def _known_task(name: str) -> str:
+    tasks = sorted({task for base in known_bases() for task in base.tasks})
+    if name not in tasks:
+        raise InputError(f"no known base is for {name!r}", where="--task", hint=f"there are {', '.join(tasks)}")
+    return name
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([gm])(i?)b?", text.strip().lower())
+    if not match:
+        raise InputError(f"cannot read {text!r} as memory", where="--memory", hint="write 4GB or 800MB")
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** {"m": 2, "g": 3}[match[2]])
