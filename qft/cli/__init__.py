@@ -27,6 +27,7 @@ COMMANDS = {
     "predict": ("use", "Ask a bundle, without torch."),
     "chat": ("use", "Talk with a bundle, without torch."),
     "check": ("use", "Compare a bundle's files and golden cases with what it promises."),
+    "init": ("init", "Look at rows, guess what they are for, and write a recipe that runs."),
     "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
     "recipes": ("shelf", "List the shipped recipes with time, memory and result; `recipes copy NAME` makes one yours."),
     "models": ("shelf", "Compare known bases: licence, size, languages, tasks, and the memory a run takes."),
