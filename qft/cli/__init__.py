@@ -31,7 +31,7 @@ COMMANDS = {
     "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
     "recipes": ("shelf", "List the shipped recipes with time, memory and result; `recipes copy NAME` makes one yours."),
     "models": ("shelf", "Compare known bases: licence, size, languages, tasks, and the memory a run takes."),
-    "doctor": ("start", "Show what this machine has and can do."),
+    "doctor": ("doctor", "Show the machine and try what a run needs: ready, or what to type."),
     "schema": ("start", "List every recipe key; --json-schema for editors."),
 }
 
