@@ -44,8 +44,12 @@ def _measured(recipe: ShippedRecipe) -> str:
     return f"{figures}: {recipe.result}" if recipe.result else figures
 
 
+def _complete_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return [recipe.name for recipe in shipped_index() if recipe.name.startswith(incomplete)]
+
+
 @recipes_command.command("copy")
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_name)
 @click.argument("out", required=False)
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @shared
