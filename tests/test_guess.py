@@ -96,6 +96,21 @@ def test_what_cannot_be_told_is_shown_with_what_is_needed(rows: list[Row]) -> No
     assert "rename columns" in str(error.value)
 
 
+def test_numbers_and_dates_are_no_labels_but_ratings_are_pointed_out() -> None:
+    days = [f"2024-07-{1 + n % 28:02d}" for n in range(len(TEXTS))]
+    (found,) = guesses(rows_of(text=TEXTS, day=days, mean=[(n * 7 % 40) / 10 for n in range(len(TEXTS))]))
+    assert found.data["format"] == "text"
+    assert "'mean' holds ratings, which data.bins" in found.because
+    assert "day" not in found.because
+
+
+def test_a_folder_of_tables_and_texts_is_not_guessed_at(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\na b\n")
+    (tmp_path / "b.txt").write_text("a b\n")
+    with pytest.raises(InputError, match=r"a\.csv, b\.txt"):
+        survey(tmp_path)
+
+
 def test_a_table_without_a_header_is_read_with_names(tmp_path: Path) -> None:
     path = tmp_path / "sms.tsv"
     path.write_text("".join(f"{label}\t{text}\n" for label, text in zip(LABELS, TEXTS, strict=True)))

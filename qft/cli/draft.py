@@ -18,6 +18,7 @@ _COMMENTS_AT = 46
 _LATIN_CHARACTERS_A_TOKEN = 3.5
 _OTHER_CHARACTERS_A_TOKEN = 1.0
 _ROWS_A_LABEL = 80
+_FEW_ROWS, _MANY_ROWS = 1000, 10_000
 _LENGTHS = (32, 64, 128, 256, 512)
 
 _POSITIONS = 128
@@ -121,10 +122,7 @@ def _data(draft: Draft) -> list[_Line]:
     lines += [(key, value, "") for key, value in draft.guess.data.items() if _DEFAULTS.get(key) != value]
     if prompt := _prompt(draft):
         lines.append(("prompt", prompt, "around a row's text, here as in the app"))
-    sizes: dict[str, Any] = (
-        {"eval": 0.1, "validation": 0.1} if draft.rows <= 10_000 else {"eval": 1000, "validation": 500}
-    )
-    held_out = {**sizes, **draft.data}
+    held_out = {"eval": _test_rows(draft), "validation": 0.1 if draft.rows <= _MANY_ROWS else 500, **draft.data}
     lines.append(("eval", held_out.pop("eval"), "for the figures that are reported"))
     lines.append(("validation", held_out.pop("validation"), "for choices: the best checkpoint, thresholds"))
     whys = {"seed": "of the split: by it every label is among the rows to learn"}
@@ -132,6 +130,11 @@ def _data(draft: Draft) -> list[_Line]:
     if draft.rows > (most := _most_rows(draft)):
         lines.append(("max_train_rows", most, "for a short first run; leave it out to learn from all"))
     return lines
+
+
+def _test_rows(draft: Draft) -> float | int:
+    """A larger share of few rows, or the figures would say little."""
+    return 0.2 if draft.rows < _FEW_ROWS else 0.1 if draft.rows <= _MANY_ROWS else 1000
 
 
 def _prompt(draft: Draft) -> str | None:
@@ -174,7 +177,8 @@ def _settings(draft: Draft) -> list[_Line]:
         ("fold", {"tokens": 8192, "steps": 0}, "fitted rounding alone, which is quick; without this line codes learn")
     )
     perplexity = guess.task == "text-generation" and not (guess.labels or translates)
-    budget = "10%" if perplexity else "3 points"
+    few_rows_points = round(150 / (0.2 * draft.rows))  # a row or two of the test rows
+    budget = "10%" if perplexity else f"{max(3, few_rows_points)} points"
     lines.append(("export", {"budget": {"max_worse": budget}}, "than the tuned model, or `qft verify` fails"))
     return lines
 

@@ -14,6 +14,7 @@ from qft.data.language import language_of
 from qft.data.rows import Row
 
 _SOUND = re.compile(r"\.(wav|flac|mp3|ogg)$", re.IGNORECASE)
+_DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b")
 _CHARACTERS_A_WORD = 2  # of scripts that write no spaces
 _UNSPACED = re.compile("[\u3040-\u30ff\u4e00-\u9fff\u0e00-\u0e7f]")
 _MOST_LABELS = 500
@@ -61,14 +62,24 @@ class Column:
         return bool(self.texts) and all(map(_is_number, self.texts))
 
     @property
+    def ratings(self) -> bool:
+        """Whether values are numbers that return, too many of them to be labels."""
+        return self.numeric and _MOST_RATINGS < len(self.counts) < len(self.texts) / 2
+
+    @property
     def sounds(self) -> bool:
         """Whether values are the names of sound files."""
         return bool(self.texts) and all(_SOUND.search(text) for text in self.texts)
 
     @property
+    def dates(self) -> bool:
+        """Whether all values begin as a date does."""
+        return bool(self.texts) and all(map(_DATE.match, self.texts))
+
+    @property
     def sentences(self) -> bool:
         """Whether values are texts of several words, most of them different."""
-        plain = not (self.nested or self.numeric or self.sounds)
+        plain = not (self.nested or self.numeric or self.sounds or self.dates)
         return plain and self.words >= 1.5 and len(self.counts) > 0.3 * len(self.texts)
 
     @property
@@ -79,7 +90,13 @@ class Column:
         few = 2 <= len(self.counts) <= min(_MOST_LABELS, len(self.texts) / 2)
         most = _MOST_RATINGS if self.numeric else _MOST_LABELS
         full = len(self.texts) >= 0.9 * len(self.values)
-        return few and full and len(self.counts) <= most and self.words <= _MOST_LABEL_WORDS and not self.sounds
+        return (
+            few
+            and full
+            and len(self.counts) <= most
+            and self.words <= _MOST_LABEL_WORDS
+            and not (self.sounds or self.dates)
+        )
 
     def parts(self, separator: str) -> list[str]:
         """Labels of all rows, where a row may have several; empty if the values are no lists of texts."""

@@ -188,7 +188,10 @@ def _plain(columns: Sequence[Column], rows: Sequence[Row]) -> list[Guess]:
     if text is None or _texts_in_lists(columns):
         return []
     keys = {"format": "text", "text_column": text.name}
-    return [Guess("text-generation", f"column {text.name!r} holds plain text, to read on from", text, data=keys)]
+    because = f"column {text.name!r} holds plain text, to read on from"
+    if rating := next((column for column in columns if column.ratings), None):
+        because += f"; {rating.name!r} holds ratings, which data.bins makes into labels for text-classification"
+    return [Guess("text-generation", because, text, data=keys)]
 
 
 _LOOKS: tuple[Callable[[Sequence[Column], Sequence[Row]], list[Guess]], ...] = (

@@ -67,7 +67,8 @@ def _kind(path: Path) -> str:
     kind = suffixes[-2] if suffixes[-1:] == ["gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
     if kind not in {*_READERS, "parquet"}:
         raise InputError(
-            f"{path.name}: files of rows end in {', '.join(f'.{k}' for k in _READERS)} or .parquet, or .gz of these"
+            f"{path.name}: files of rows end in {', '.join(f'.{k}' for k in _READERS)} or .parquet, or .gz of these",
+            hint="save a spreadsheet as CSV in UTF-8; add the ending that a file without one should have, as .tsv",
         )
     return kind
 

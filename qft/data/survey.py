@@ -62,6 +62,11 @@ def _folder(path: Path) -> Survey:
     if train or (sound and tables):
         return survey(train or tables[0])
     texts = sorted(path.glob("*.txt"))
+    if tables and texts and not sound:
+        raise InputError(
+            f"{path} holds tables and texts: {', '.join(p.name for p in [*tables, *texts][:6])}",
+            hint="name one of them, or put those that belong together into a folder of their own",
+        )
     if not sound and texts and not any(path.glob("*/*.txt")) and (len(texts) == 1 or _prose(texts)):
         return Survey(
             path, [row for p in texts for row in _text(p).rows], _separator(texts), "each file is one long text"
