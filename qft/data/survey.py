@@ -130,13 +130,16 @@ def named_by_use(found: Survey, guess: Guess) -> tuple[Survey, Guess]:
     because = guess.because
     for old, name in new.items():
         because = because.replace(repr(old), repr(name))
+    read = replace(guess.read, name=new.get(guess.read.name, guess.read.name))
+    written = guess.written and replace(guess.written, name=new.get(guess.written.name, guess.written.name))
+    data = {**guess.data, **{key: name for key, name in keys.items() if key in guess.data}}
     return replace(found, keys=renamed, rows=rows), replace(
-        guess, because=because, data={**guess.data, **{key: keys[key] for key in guess.data if key in keys}}
+        guess, because=because, read=read, written=written, data=data
     )
 
 
 def sound_keys(found: Survey, column: str) -> tuple[dict[str, Any], int]:
-    """data.audio_folder, relative to the rows' folder, where it is another; and seconds of the longest clip, 30 if there are many.
+    """data.audio_folder, where it is not the rows' own; and seconds of the longest clip, 30 if there are many.
 
     Raises InputError if the first clip is nowhere near the rows.
     """

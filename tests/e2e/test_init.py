@@ -57,6 +57,22 @@ def test_the_recipe_says_why_and_names_the_columns(tmp_path: Path, monkeypatch: 
     assert recipe["model"].startswith("pypi:")
 
 
+def test_a_label_that_is_written_is_asked_for_by_the_columns_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chinese, for which no encoder comes as a package, and no header."""
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        f"{'好' if n % 2 else '坏'}\t房间{'很' if n % 2 else '不'}干净，服务也一般，住了{n}天。" for n in range(60)
+    ]
+    Path("hotels.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    said = init("hotels.tsv")
+    recipe = yaml.safe_load(Path("hotels.yaml").read_text("utf-8"))
+    assert (said["task"], said["labels"]) == ("text-generation", 2)
+    assert recipe["data"]["columns"] == ["label", "text"]
+    assert recipe["data"]["prompt"] == "{text}\nLabel: "
+
+
 def test_init_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(Path("reviews.csv"))
