@@ -205,6 +205,12 @@ def print_line(text: str) -> None:
     out.print(text, markup=False, soft_wrap=True)
 
 
+def print_tick(good: bool, text: str) -> None:
+    """One line on stdout with a mark before it."""
+    mark, style = ("✓", "green") if good else ("✗", "red")
+    out.print(Text.assemble((f" {mark} ", style), text), soft_wrap=True)
+
+
 def print_piece(text: str) -> None:
     """Part of a line on stdout, at once."""
     sys.stdout.write(text)

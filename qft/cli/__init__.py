@@ -28,8 +28,11 @@ COMMANDS = {
     "chat": ("use", "Talk with a bundle, without torch."),
     "serve": ("use", "Answer programs over HTTP as OpenAI does, without torch."),
     "check": ("use", "Compare a bundle's files and golden cases with what it promises."),
+    "init": ("init", "Look at rows, guess what they are for, and write a recipe that runs."),
     "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
-    "doctor": ("start", "Show what this machine has and can do."),
+    "recipes": ("shelf", "List the shipped recipes with time, memory and result; `recipes copy NAME` makes one yours."),
+    "models": ("shelf", "Compare known bases: licence, size, languages, tasks, and the memory a run takes."),
+    "doctor": ("doctor", "Show the machine and try what a run needs: ready, or what to type."),
     "schema": ("start", "List every recipe key; --json-schema for editors."),
 }
 
@@ -44,6 +47,14 @@ class _Lazy(click.Group):
         module = importlib.import_module(f"qft.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, f"{name}_command")
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Names and help lines, without the imports that click's own would make."""
+        from click.shell_completion import CompletionItem
+
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        found = [CompletionItem(name, help=line) for name, (_, line) in COMMANDS.items() if name.startswith(incomplete)]
+        return [*found, *options]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

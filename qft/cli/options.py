@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from qft.errors import InputError
-from qft.paths import find_recipe
+from qft.paths import find_recipe, shipped_recipes
 from qft.progress import OnProgress
 from qft.recipe_loader import LoadedRecipe, load_recipe
 from qft.runfolder import RunFolder, newest_run
@@ -35,12 +35,23 @@ def on_runs(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
+def complete_recipe(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Recipes that a word typed so far may become: files and folders here, then shipped ones."""
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    here = sorted(p for p in folder.glob("*") if p.is_dir() or p.suffix in (".yaml", ".yml"))
+    names = [f"{p.as_posix()}/" if p.is_dir() else p.as_posix() for p in here if not p.name.startswith(".")]
+    return [name for name in [*names, *shipped_recipes()] if name.startswith(incomplete)]
+
+
 def on_job(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """RECIPE or RUN, and key=value overrides."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function = click.argument(
-            "arguments", nargs=-1, metavar=("RECIPE" if required else "[RUN|RECIPE]") + " [KEY=VALUE]..."
+            "arguments",
+            nargs=-1,
+            metavar=("RECIPE" if required else "[RUN|RECIPE]") + " [KEY=VALUE]...",
+            shell_complete=complete_recipe,
         )(function)
         return on_runs(shared(function))
 

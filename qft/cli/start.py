@@ -1,4 +1,4 @@
-"""Before a run: the machine, the keys, the rows."""
+"""Before a run: the keys, the rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
 from qft.console import Screen, print_json, print_line, print_marked, print_table
 from qft.data.inspect import DataReport
-from qft.measure.speed import mb
 
 _SHOWN_ROWS = 3
 _SHOWN_LABELS = 12
@@ -119,44 +118,3 @@ def schema_command(json_schema: bool, as_json: bool) -> None:
         print_json(recipe_reference.json_schema())
     else:
         print_line(recipe_reference.reference_markdown())
-
-
-@click.command("doctor")
-@shared
-def doctor_command(as_json: bool) -> None:
-    """Show the machine, the versions, onnxruntime's providers and where things are kept."""
-    import onnxruntime
-
-    from qft.measure.machine import machine, memory_bandwidth, versions
-    from qft.sources import cache_folder
-
-    here, cache = machine(), cache_folder()
-    bandwidth = memory_bandwidth(threads=here.physical_cores)
-    providers, used = (
-        onnxruntime.get_available_providers(),
-        sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()),
-    )
-    if as_json:
-        print_json(
-            {
-                "machine": asdict(here),
-                "versions": versions(),
-                "providers": providers,
-                "memory_bandwidth_bytes_per_second": bandwidth,
-                "cache": str(cache),
-                "cache_bytes": used,
-            }
-        )
-        return
-    print_table(
-        "machine",
-        [
-            ("processor", f"{here.processor}, {here.physical_cores} cores"),
-            ("memory", mb(here.memory_bytes)),
-            ("bandwidth", f"{mb(bandwidth)}/s, measured"),
-            ("system", f"{here.system}, Python {here.python}"),
-            ("onnxruntime", ", ".join(providers)),
-            ("cache", f"{cache} ({mb(used)})"),
-        ],
-    )
-    print_table("\nversions", list(versions().items()))

@@ -14,6 +14,7 @@ from typing import Any
 from qft.data.catalogues import read_catalogue
 from qft.errors import InputError, Problem
 
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg")
 _SHOWN_PROBLEMS = 5
 
 
@@ -66,7 +67,8 @@ def _kind(path: Path) -> str:
     kind = suffixes[-2] if suffixes[-1:] == ["gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
     if kind not in {*_READERS, "parquet"}:
         raise InputError(
-            f"{path.name}: files of rows end in {', '.join(f'.{k}' for k in _READERS)} or .parquet, or .gz of these"
+            f"{path.name}: files of rows end in {', '.join(f'.{k}' for k in _READERS)} or .parquet, or .gz of these",
+            hint="save a spreadsheet as CSV in UTF-8; add the ending that a file without one should have, as .tsv",
         )
     return kind
 
@@ -142,9 +144,11 @@ def _read_squad(path: Path, articles: Any) -> list[Row]:
         raise InputError("neither a list of objects nor a file of SQuAD's form", where=path.name) from None
 
 
-def _read_csv(path: Path, text: str, columns: list[str] | None, delimiter: str = ",") -> list[Row]:
+def _read_csv(path: Path, text: str, columns: list[str] | None, delimiters: str = ",;\t") -> list[Row]:
+    """The delimiter is the one that the first line has most of: spreadsheets write `;` where a comma is in numbers."""
     csv.field_size_limit(1 << 27)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    first = text.partition("\n")[0]
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(delimiters, key=first.count))
     rows: list[Row] = []
     problems: list[Problem] = []
     header = columns
@@ -160,7 +164,7 @@ def _read_csv(path: Path, text: str, columns: list[str] | None, delimiter: str =
 
 
 def _read_tsv(path: Path, text: str, columns: list[str] | None) -> list[Row]:
-    return _read_csv(path, text, columns, delimiter="\t")
+    return _read_csv(path, text, columns, delimiters="\t")
 
 
 def _read_txt(path: Path, text: str, columns: list[str] | None) -> list[Row]:
@@ -227,7 +231,15 @@ _READERS: dict[str, Callable[[Path, str, list[str] | None], list[Row]]] = {
 
 
 def _read_folder(folder: Path, columns: list[str] | None, text_separator: str) -> list[Row]:
-    """LABEL/*.txt (a text a file), LABEL.txt (a text between separators), or data files of the other kinds."""
+    """Sound files, each with a .txt of its name that holds what is said; LABEL/*.txt (a text a file); LABEL.txt (a text between
+    separators); or data files of the other kinds.
+    """
+    spoken = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS and p.with_suffix(".txt").is_file())
+    if spoken:
+        return [
+            Row({"audio": p.relative_to(folder).as_posix(), "text": _read_text(p.with_suffix(".txt")).strip()}, p.name)
+            for p in spoken
+        ]
     by_label = sorted(p for p in folder.glob("*/*.txt"))
     if by_label:
         return [Row({"text": _read_text(p), "label": p.parent.name}, f"{p.parent.name}/{p.name}") for p in by_label]

@@ -1,0 +1,63 @@
+"""Bases that qft knows by name, known_bases.yaml: what each is for, and the memory that a run with it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from qft.recipe_yaml import read_yaml
+
+# Peak memory of a whole run on a CPU, rows of up to 256 tokens: what the libraries take, and about nine float32 copies of the weights,
+# most of them at export. MiniLM 2.0 GB (measured 1.6 to 2.8), SmolLM2 6.0 (4.0 to 5.8), Gemma 10.9 (8.7 to 10.9).
+_LIBRARIES_BYTES = 1_200_000_000
+_BYTES_A_WEIGHT = 36
+
+
+class KnownBase(BaseModel):
+    """One base. millions: of weights. chat: its tokenizer has a chat template."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    name: str
+    millions: float
+    languages: tuple[str, ...] | Literal["many"]
+    tasks: tuple[str, ...]
+    licence: str
+    download_mb: int
+    chat: bool = False
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the hub must be reached for it; packages come from a package index."""
+        return not self.id.startswith("pypi:")
+
+    @property
+    def run_bytes(self) -> int:
+        """Predicted peak memory of a run."""
+        return round(_LIBRARIES_BYTES + _BYTES_A_WEIGHT * self.millions * 1e6)
+
+    def knows(self, *languages: str) -> bool:
+        """Whether it was trained on all of these."""
+        return self.languages == "many" or set(languages) <= set(self.languages)
+
+
+def known_bases() -> tuple[KnownBase, ...]:
+    """All of them, the first to be taken first."""
+    text = Path(__file__).with_suffix(".yaml").read_text("utf-8")
+    return TypeAdapter(tuple[KnownBase, ...]).validate_python(read_yaml(text).value)
+
+
+def fitting(
+    *, task: str | None = None, languages: tuple[str, ...] = (), memory_bytes: int | None = None
+) -> list[KnownBase]:
+    """Those for a task, that know the languages, and with which a run takes no more memory."""
+    return [
+        base
+        for base in known_bases()
+        if (task is None or task in base.tasks)
+        and base.knows(*languages)
+        and (memory_bytes is None or base.run_bytes <= memory_bytes)
+    ]

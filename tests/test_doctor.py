@@ -1,0 +1,58 @@
+"""`qft doctor` on this installation, and on ones that are broken as real ones are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qft.measure.trials import trials
+
+
+def doctor(*shadowing: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, with folders whose modules stand before the installed ones."""
+    path = os.pathsep.join([*map(str, shadowing), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, **({"QFT_CACHE": str(cache)} if cache else {})}
+    return subprocess.run(
+        [sys.executable, "-m", "qft", "doctor", "--json"], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_what_is_tried_works_here() -> None:
+    done = list(trials())
+    assert [trial.problem for trial in done] == [""] * 4
+    assert all(trial.seconds > 0 for trial in done)
+
+
+def test_a_library_that_cannot_be_loaded_is_named_with_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "bitsandbytes.py").write_text("raise ImportError('libbitsandbytes_cpu.so not found')\n")
+    done = doctor(tmp_path, cache=tmp_path / "cache")
+    said = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert not said["ready"]
+    (problem,) = [p for p in said["problems"] if "bitsandbytes" in p["where"]]
+    assert "libbitsandbytes_cpu.so not found" in problem["what"]
+    assert "pip install --force-reinstall --no-deps bitsandbytes==" in problem["hint"]
+    assert sum(not trial["problem"] for trial in said["trials"]) == 3
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_two_onnxruntimes_are_a_problem_whether_or_not_the_module_still_works(emptied: bool, tmp_path: Path) -> None:
+    """pip lets both be installed; the later one's files replace the earlier one's, and removing one leaves an empty module."""
+    about = tmp_path / "onnxruntime_gpu-1.23.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.23.2\n")
+    if emptied:
+        (tmp_path / "onnxruntime").mkdir()
+        (tmp_path / "onnxruntime/__init__.py").write_text("")
+    done = doctor(tmp_path)
+    said = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert set(said["onnxruntime_packages"]) == {"onnxruntime", "onnxruntime-gpu"}
+    hints = " ".join(problem["hint"] for problem in said["problems"])
+    assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in hints
+    assert any(trial["problem"] for trial in said["trials"]) == emptied
