@@ -33,6 +33,7 @@ class Decoder:
     inputs: Sequence[str]
     stop_ids: Sequence[int]
     pad_id: int
+    adds_bos: bool  # whether the tokenizer begins a text with the token for it
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -66,6 +67,9 @@ def write_decoder_configs(merged: Path, bundle: Path, decoder: Decoder) -> None:
     generation |= {"eos_token_id": list(decoder.stop_ids), "pad_token_id": decoder.pad_id}
     write_json(bundle / "generation_config.json", generation)
     write_json(bundle / "genai_config.json", genai_config(config, decoder))
+    if decoder.adds_bos:  # transformers.js's text-generation pipeline adds no special token unless it is told so here
+        path = bundle / "tokenizer_config.json"
+        write_json(path, json.loads(path.read_text("utf-8")) | {"add_bos_token": True})
 
 
 def write_seq2seq_configs(merged: Path, bundle: Path, models: Mapping[str, str]) -> None:
