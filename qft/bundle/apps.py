@@ -13,7 +13,7 @@ from qft.errors import InputError, StageError
 from qft.files import folder_aside, inside
 from qft.paths import shipped
 
-_WRITTEN = ("text-generation", "text-classification", "translation")
+_ONE_GRAPH = ("text-generation", "text-classification")
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,19 @@ class App:
 
 
 APPS = {
-    "python": App(["python"], ["python -m pip install -r requirements.txt", "python answer.py --check"], _WRITTEN),
+    "python": App(
+        ["python"],
+        ["python -m pip install -r requirements.txt", "python answer.py --check"],
+        (*_ONE_GRAPH, "translation"),
+    ),
     "node": App(["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"]),
     "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"]),
-    "cpp": App(["cpp"], ["cmake -B build -D ONNXRUNTIME=FOLDER && cmake --build build", "build/answer bundle --check"]),
-    "java": App(["java"], ["mvn package", "java -jar target/answer.jar bundle --check"]),
+    "cpp": App(
+        ["cpp"],
+        ["cmake -B build -D ONNXRUNTIME=FOLDER", "cmake --build build", "build/answer bundle --check"],
+        _ONE_GRAPH,
+    ),
+    "java": App(["java"], ["mvn package", "java -jar target/answer.jar bundle --check"], _ONE_GRAPH),
 }
 
 

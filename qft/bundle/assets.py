@@ -23,6 +23,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "preprocessor_config.json",
 )
+# transformers takes these for granted where a model does not name them, transformers.js does not.
+_WHISPER_FEATURES = {"sampling_rate": 16000, "n_fft": 400, "hop_length": 160, "padding_value": 0.0}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def write_window(bundle: Path, seconds: int) -> None:
     """Into preprocessor_config.json: sound is filled up to this long, 16,000 samples and 100 features a second."""
     path = bundle / "preprocessor_config.json"
     settings = json.loads(path.read_text("utf-8"))
-    write_json(path, settings | {"chunk_length": seconds, "n_samples": 16000 * seconds, "nb_max_frames": 100 * seconds})
+    window = {"chunk_length": seconds, "n_samples": 16000 * seconds, "nb_max_frames": 100 * seconds}
+    write_json(path, _WHISPER_FEATURES | settings | window)
 
 
 def read_generation(folder: Path) -> dict[str, Any]:

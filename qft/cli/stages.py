@@ -67,7 +67,9 @@ def run_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
 
 
 @click.command("export")
-@click.option("--app", type=click.Choice(["python", "node", "web", "cpp", "java"]), help="Copy a bundle and this app into OUT.")
+@click.option(
+    "--app", type=click.Choice(["python", "node", "web", "cpp", "java"]), help="Copy a bundle and this app into OUT."
+)
 @click.option("--onnx", is_flag=True, help="To ONNX (the only form there is).")
 @click.option("--float", "as_float", is_flag=True, help="Stop at the plain float ONNX bundle.")
 @on_job(required=False)

@@ -53,7 +53,11 @@ export class Bundle {
 
   async #write(input, maxNewTokens, onText) {
     const streamer = onText && this.#streamer(onText);
-    const asked = { source: typeof input === "string" ? this.#encode(input) : input, maxNewTokens, streamer };
+    const { start_ids } = this.manifest.feeding;
+    const heard = input instanceof Float32Array; // what is said is no longer than what was learnt
+    const asked = heard
+      ? { source: input, maxNewTokens: this.manifest.max_length - start_ids.length, streamer }
+      : { source: this.#encode(input), maxNewTokens, streamer };
     return this.tokenizer.decode(await this.generate(asked), { skip_special_tokens: true });
   }
 

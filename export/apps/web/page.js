@@ -22,8 +22,8 @@ const EVENTS = {
   text: ({ text }) => at("answer").append(text),
   checked: ({ done, total }) => at("checked").replaceChildren(`${done} of ${total} cases …`),
   failed: ({ message }) => {
+    if (task) ready();
     state(`It failed: ${message}`);
-    at("ask").disabled = task === undefined;
   },
   done: ({ command, result }) => DONE[command](result),
 };
@@ -35,7 +35,6 @@ const DONE = {
     at("about").textContent = `A model that ${PURPOSE[task]}, tuned and checked with qft.`;
     at("fields").replaceChildren(...(FIELDS[task] ?? [["text", "Your text"]]).map(field));
     ready();
-    at("check").disabled = false;
   },
   answer({ text, probability, accepted }) {
     const parts = [text || "(none)"];
@@ -51,7 +50,6 @@ const DONE = {
     const share = `same first choice at ${(100 * agreement).toFixed(1)} % of ${positions} positions`;
     const texts = `${freeCases - freeDifferences} of ${freeCases} answers equal`;
     at("checked").textContent = `${agrees ? "Yes" : "No"}: ${share}; ${texts}.`;
-    at("check").disabled = false;
     ready();
   },
 };
@@ -66,15 +64,20 @@ function field([name, title]) {
 
 async function input(form) {
   const given = Object.fromEntries(new FormData(form));
-  if (task === "question-answering") return given;
-  if (task !== "automatic-speech-recognition") return given.text;
+  if (task === "question-answering") return { input: given };
+  if (task !== "automatic-speech-recognition") return { input: given.text };
   const context = new OfflineAudioContext(1, 1, SAMPLE_RATE);
-  return (await context.decodeAudioData(await given.sound.arrayBuffer())).getChannelData(0);
+  return { input: (await context.decodeAudioData(await given.sound.arrayBuffer())).getChannelData(0) };
 }
 
-function ask(command, given) {
+// given: what the command needs, or a promise of it.
+async function ask(command, given = {}) {
   at("ask").disabled = at("check").disabled = true;
-  worker.postMessage({ command, ...given });
+  try {
+    worker.postMessage({ command, ...(await given) });
+  } catch (error) {
+    EVENTS.failed({ message: String(error?.message ?? error) });
+  }
 }
 
 function ready() {
@@ -87,12 +90,12 @@ const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
 
 worker.addEventListener("message", ({ data }) => EVENTS[data.event](data));
 worker.addEventListener("error", ({ message }) => state(`It cannot start: ${message || "was npm install done here?"}`));
-at("form").addEventListener("submit", async (event) => {
+at("form").addEventListener("submit", (event) => {
   event.preventDefault();
   at("answer").replaceChildren();
   at("answer").hidden = false;
   state("…");
-  ask("answer", { input: await input(event.target) });
+  ask("answer", input(event.target));
 });
 at("form").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("form").requestSubmit();
