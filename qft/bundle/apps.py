@@ -57,8 +57,9 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
         raise StageError(problems)
     with folder_aside(out) as aside:
         for part in app.parts:
-            for file in sorted(shipped(f"export/apps/{part}").iterdir()):
-                shutil.copyfile(file, aside / file.name)
+            for file in shipped(f"export/apps/{part}").iterdir():
+                if file.is_file():  # no node_modules of someone who tried it in place
+                    shutil.copyfile(file, aside / file.name)
         for file in (NAME, *bundle.manifest["files"]):
             target = inside(aside / "bundle", file)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -46,10 +46,12 @@ const DONE = {
     at("answer").replaceChildren(...parts);
     ready();
   },
-  check({ agrees, agreement, positions, freeCases, freeDifferences }) {
-    const share = `same first choice at ${(100 * agreement).toFixed(1)} % of ${positions} positions`;
-    const texts = `${freeCases - freeDifferences} of ${freeCases} answers equal`;
-    at("checked").textContent = `${agrees ? "Yes" : "No"}: ${share}; ${texts}.`;
+  check({ agrees, agreement, positions, clearDifferences, freeCases, freeDifferences }) {
+    const found = [`same first choice at ${(100 * agreement).toFixed(1)} % of ${positions} positions`];
+    if (clearDifferences) found.push(`${clearDifferences} of the others were clear`);
+    else if (agreement < 1) found.push("the others were close");
+    if (freeCases) found.push(`${freeCases - freeDifferences} of ${freeCases} answers equal`);
+    at("checked").textContent = `${agrees ? "Yes" : "No"}: ${found.join("; ")}.`;
     ready();
   },
 };
