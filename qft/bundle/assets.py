@@ -23,6 +23,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "preprocessor_config.json",
 )
+# transformers takes these for granted where a model does not name them, transformers.js does not.
+_WHISPER_FEATURES = {"sampling_rate": 16000, "n_fft": 400, "hop_length": 160, "padding_value": 0.0}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Decoder:
     inputs: Sequence[str]
     stop_ids: Sequence[int]
     pad_id: int
+    adds_bos: bool  # whether the tokenizer begins a text with the token for it
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -66,6 +69,9 @@ def write_decoder_configs(merged: Path, bundle: Path, decoder: Decoder) -> None:
     generation |= {"eos_token_id": list(decoder.stop_ids), "pad_token_id": decoder.pad_id}
     write_json(bundle / "generation_config.json", generation)
     write_json(bundle / "genai_config.json", genai_config(config, decoder))
+    if decoder.adds_bos:  # transformers.js's text-generation pipeline adds no special token unless it is told so here
+        path = bundle / "tokenizer_config.json"
+        write_json(path, json.loads(path.read_text("utf-8")) | {"add_bos_token": True})
 
 
 def write_seq2seq_configs(merged: Path, bundle: Path, models: Mapping[str, str]) -> None:
@@ -78,7 +84,8 @@ def write_window(bundle: Path, seconds: int) -> None:
     """Into preprocessor_config.json: sound is filled up to this long, 16,000 samples and 100 features a second."""
     path = bundle / "preprocessor_config.json"
     settings = json.loads(path.read_text("utf-8"))
-    write_json(path, settings | {"chunk_length": seconds, "n_samples": 16000 * seconds, "nb_max_frames": 100 * seconds})
+    window = {"chunk_length": seconds, "n_samples": 16000 * seconds, "nb_max_frames": 100 * seconds}
+    write_json(path, _WHISPER_FEATURES | settings | window)
 
 
 def read_generation(folder: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import click
 
 from qft import pipeline
 from qft.cli.options import on_job, open_job
-from qft.console import Screen, print_json, print_summary
-from qft.errors import StageError
+from qft.console import Screen, print_json, print_line, print_summary
+from qft.errors import InputError, StageError
 from qft.stages.report import summarize
 
 
@@ -67,12 +67,40 @@ def run_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
 
 
 @click.command("export")
+@click.option(
+    "--app", type=click.Choice(["python", "node", "web", "cpp", "java"]), help="Copy a bundle and this app into OUT."
+)
 @click.option("--onnx", is_flag=True, help="To ONNX (the only form there is).")
 @click.option("--float", "as_float", is_flag=True, help="Stop at the plain float ONNX bundle.")
 @on_job(required=False)
-def export_command(onnx: bool, as_float: bool, arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
-    """Make the verified bundle of a RUN (default: the newest) or a RECIPE: merge, fold, export, quantize, verify."""
-    _work(arguments, runs, as_json, ["export"] if as_float else ["verify"])
+def export_command(
+    app: str | None, onnx: bool, as_float: bool, arguments: tuple[str, ...], runs: Path, as_json: bool
+) -> None:
+    """Make the verified bundle of a RUN (default: the newest) or a RECIPE: merge, fold, export, quantize, verify.
+
+    With --app, [RUN|BUNDLE] OUT: copy a small program with a bundle that is made already into the new folder OUT.
+    """
+    if app is None:
+        _work(arguments, runs, as_json, ["export"] if as_float else ["verify"])
+    else:
+        _write_app(app, arguments, runs, as_json)
+
+
+def _write_app(name: str, arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
+    from qft.bundle.apps import APPS, write_app
+    from qft.cli.use import open_bundle
+
+    if len(arguments) not in (1, 2):
+        raise InputError("which folder is to be made?", hint=f"as in `qft export --app {name} OUT`")
+    bundle, out = open_bundle(arguments[0] if len(arguments) == 2 else None, runs), Path(arguments[-1])
+    write_app(name, bundle, out)
+    steps = [f"cd {out}", *APPS[name].steps]
+    if as_json:
+        print_json({"app": str(out), "bundle": str(bundle.folder), "steps": steps})
+    else:
+        print_line(f"{out} holds the {name} app with {bundle.folder}; next:")
+        for step in steps:
+            print_line(f"  {step}")
 
 
 @click.command("bench")

@@ -68,7 +68,8 @@ def _sampled(function: Any) -> Any:
     )
 
 
-def _open(name: str | None, runs: Path) -> Bundle:
+def open_bundle(name: str | None, runs: Path) -> Bundle:
+    """The bundle that a user names by its folder or its run; None: of the newest run."""
     if name is not None and (Path(name) / "qft.json").exists():
         return Bundle.load(Path(name))
     run = find_run(name, runs)
@@ -104,7 +105,7 @@ def predict_command(
     """
     if labels and schema:
         raise InputError("an answer is kept to labels or to a schema", where="--labels, --schema", hint="leave one out")
-    bundle = _open(bundle_name, runs)
+    bundle = open_bundle(bundle_name, runs)
     lines = list(texts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise InputError("nothing to answer", hint='as in `qft predict "A waste of two hours."`')
@@ -149,7 +150,7 @@ def chat_command(
     as_json: bool,
 ) -> None:
     """Talk with a bundle: a line is what you say. Ctrl-C stops an answer, Ctrl-D ends; stdin may be a file of lines."""
-    bundle = _open(bundle_name, runs)
+    bundle = open_bundle(bundle_name, runs)
     conversation = Conversation(bundle, bundle.runner(), system=system, sampling=sampling, stop=stop)
     for line in typed_lines("› "):
         try:
@@ -204,7 +205,7 @@ def serve_command(
     """
     from qft.serve.run import serve
 
-    bundle = _open(bundle_name, runs)
+    bundle = open_bundle(bundle_name, runs)
 
     def on_ready(url: str, service: Any) -> None:
         print_served(url, service.card, as_json=as_json)
@@ -218,7 +219,7 @@ def serve_command(
 @_on_bundle
 def eval_command(rows: Path | None, base: bool, bundle_name: str | None, runs: Path, as_json: bool) -> None:
     """Measure a bundle again: on the run's held-out rows, or on ROWS it has never seen."""
-    bundle = _open(bundle_name, runs)
+    bundle = open_bundle(bundle_name, runs)
     job, task = _made_by(bundle)
     recipe, held_out = job.recipe, _held_out(bundle, rows, job, task)
     screen = Screen(quiet=as_json)
@@ -268,7 +269,7 @@ def _held_out(bundle: Bundle, rows: Path | None, job: Job, task: Task) -> list[A
 @_on_bundle
 def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
     """Compare every file with its hash and every golden case with what this machine computes."""
-    bundle = _open(bundle_name, runs)
+    bundle = open_bundle(bundle_name, runs)
     problems = bundle.problems()
     if problems:
         raise StageError(problems)

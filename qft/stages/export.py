@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.bundle.assets import copy_tokenizer
+from qft.bundle.feeding import Feeding
 from qft.bundle.manifest import Bundle, size_bytes, update
 from qft.bundle.session import open_session
 from qft.data.tokenizer import TextTokenizer
@@ -105,6 +106,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
             "versions": versions(),
         },
     )
+    update(folder, feeding=asdict(Feeding.of(Bundle.load(folder))))
 
 
 def measure_bundle(job: Job, stage: str, folder: Path) -> Quality:

@@ -95,7 +95,9 @@ class TextGeneration:
         self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js, optimum and onnxruntime-genai."""
-        write_decoder_configs(merged, folder, Decoder(models["model"], inputs, tokenizer.stop_ids, tokenizer.pad_id))
+        adds_bos = tokenizer.bos_id in tokenizer.encode("", add_special_tokens=True)
+        decoder = Decoder(models["model"], inputs, tokenizer.stop_ids, tokenizer.pad_id, adds_bos)
+        write_decoder_configs(merged, folder, decoder)
 
     def calibrate(
         self, bundle: Bundle, validation: Sequence[Encoded], test: Sequence[Encoded], *, batch_size: int

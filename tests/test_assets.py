@@ -1,0 +1,31 @@
+"""The files beside the graph: what runtimes other than ours would not know without being told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qft.bundle.assets import Decoder, write_decoder_configs, write_window
+from qft.data.tokenizer import TextTokenizer
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_tokenizer_that_adds_bos_says_so(adds_bos: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """transformers.js's text-generation pipeline adds it only then."""
+    shutil.copyfile(tiny_model / "tokenizer.json", tmp_path / "tokenizer.json")
+    shutil.copyfile(tiny_model / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    write_decoder_configs(tiny_model, tmp_path, Decoder("onnx/model_q4.onnx", ["input_ids"], (2,), 2, adds_bos))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings.get("add_bos_token", False) == adds_bos
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert TextTokenizer.load(tmp_path).stop_ids == (2,)
+
+
+def test_features_that_transformers_takes_for_granted_are_named(tiny_whisper: Path, tmp_path: Path) -> None:
+    shutil.copyfile(tiny_whisper / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
+    write_window(tmp_path, 2)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert (settings["n_fft"], settings["hop_length"], settings["n_samples"]) == (400, 160, 32_000)
