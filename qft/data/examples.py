@@ -67,13 +67,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """rows read; dropped because empty or in no bin; kept by label. several_labels: rows may have any number of them."""
+    """rows read; dropped because empty or in no bin; kept by label. several_labels: rows may have any number of them.
+
+    without_group: rows kept that have no value in the group column; None where no column is named.
+    """
 
     rows: int
     empty: int
     in_no_bin: int
     labels: dict[str, int]
     several_labels: bool = False
+    without_group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
             where="data.label_column",
             hint=f"column {shape.label_column!r} needs at least two labels; check data.bins",
         )
-    return examples, Counts(len(rows), empty, no_bin, dict(labels), several)
+    alone = sum(e.group is None for e in examples) if shape.group_column else None
+    return examples, Counts(len(rows), empty, no_bin, dict(labels), several, alone)
 
 
 def _several(rows: Sequence[Row], shape: Shape) -> bool:

@@ -251,18 +251,27 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
 
 
 def _split(job: Job, examples: list[Example], apart: dict[str, list[Source]]) -> tuple[dict[str, list[Example]], Leaks]:
-    """apart: sources of held-out rows. No text is in two parts: a test row stays, a row for choices goes before one to learn."""
+    """apart: sources of held-out rows. No text is in two parts: a test row stays, a row for choices goes before one to learn.
+
+    Groups are split off whole, so their texts may be those of other groups.
+    """
     keys = job.recipe.data
     parts = {part: _examples(job, [(source, None) for source in sources])[0] for part, sources in apart.items()}
-    examples, leaks = without_leaks(examples, [example for rows in parts.values() for example in rows])
-    if len(parts) == 2:
-        parts["validation"], _ = without_leaks(parts["validation"], parts["eval"])
+    examples, apart_leaks = without_leaks(examples, [example for rows in parts.values() for example in rows])
     wanted = {"eval": keys.eval, "validation": keys.validation}
     sizes = {part: size for part, size in wanted.items() if isinstance(size, int | float)}
     parts |= split_by_hash(examples, sizes, seed=keys.seed)
+    parts["validation"], _ = without_leaks(parts["validation"], parts["eval"])
+    parts["train"], group_leaks = without_leaks(parts["train"], [*parts["eval"], *parts["validation"]])
+    if not (parts["validation"] and parts["train"]):
+        raise InputError(
+            "the texts of one group are those of another: nothing is left to choose or to learn by once they are held out",
+            where="data.group_column",
+            hint="name a column that tells rows with different texts apart",
+        )
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
-    return parts, leaks
+    return parts, apart_leaks + group_leaks
 
 
 def _write(folder: Path, encoded: dict[str, list[EncodedRow]]) -> None:
@@ -312,6 +321,7 @@ def _report(
         length_longest=longest,
         labels=counts.labels,
         shortened=total("shortened"),
+        without_group=counts.without_group,
     )
 
 
