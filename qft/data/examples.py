@@ -262,8 +262,7 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
 
 def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
     """Two columns, or, as the hub's sets of translations have it, two keys of a column `translation`."""
-    if shape.translation is None:
-        raise InputError("data.format: translation is for task translation", where="data.format")
+    assert shape.translation is not None  # for `Shape`: where the format is this one, the columns are named
     inner = row.values.get("translation")
     row = Row(inner, row.where) if isinstance(inner, dict) else row
     source, target = (text_of(_column(row, name, key)) for name, key in zip(shape.translation, _SIDES, strict=True))

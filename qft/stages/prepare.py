@@ -246,7 +246,9 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
         keys.label_separator,
         keys.group_column,
         (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
-        (recipe.translation.source, recipe.translation.target) if recipe.task == "translation" else None,
+        (recipe.translation.source, recipe.translation.target)
+        if "translation" in (recipe.task, keys.format)
+        else None,
     )
 
 

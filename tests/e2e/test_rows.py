@@ -140,3 +140,20 @@ def test_groups_that_share_texts_leak_none_and_rows_in_no_group_are_counted(
     refused = typed(tmp_path, "qft plan recipe.yaml data.eval=3 data.validation=3")
     assert refused.returncode == 2
     assert "data.group_column" in refused.stderr
+
+
+def test_a_decoder_is_given_translations_by_the_columns_that_the_recipe_names(
+    tmp_path: Path, tiny_model: Path, typed: Type
+) -> None:
+    rows = [{"en": f"number {n}", "de": f"Nummer {n}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ntranslation: {{source: en, target: de}}\n"
+        'data: {train: rows.jsonl, format: translation, prompt: "Auf Deutsch: {en}", eval: 10, validation: 5}\n'
+    )
+    asked, answer, *_ = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["rows"][0]["runs"]
+    assert "Auf Deutsch: number " in asked["text"]
+    assert (answer["in_loss"], "Nummer " in answer["text"]) == (True, True)
+    refused = typed(tmp_path, "qft plan recipe.yaml translation.target=nl")
+    assert refused.returncode == 2
+    assert "translation.target" in refused.stderr
