@@ -74,7 +74,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decision:
-    """A text's label (several: with commas), its calibrated probability, and whether that is enough to be relied on."""
+    """A text's label (several: with `Labels.between` between them), its calibrated probability, and whether it may be relied on."""
 
     text: str
     probability: float

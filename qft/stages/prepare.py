@@ -110,7 +110,7 @@ def run(job: Job) -> Facts:
             base, recipe.data.new_tokens, sha256=model.sha256 if there else base.name, cache=job.cache
         )
     tokenizer = TextTokenizer.load(base)
-    labels = _labels(parts["train"], counts)
+    labels = LabelSet.of(parts["train"], several=counts.several_labels)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
     tallies: dict[str, EncodeCounts] = {}
@@ -146,14 +146,6 @@ def _new_checkpoint(job: Job, model: Source, train: Sequence[Example]) -> Path:
     texts = [text for e in train for text in ([e.text] if e.text is not None else [m.content for m in e.messages])]
     seed = job.recipe.training.seed
     return new_checkpoint(model.path, texts, seed=seed, cache=job.cache, on_progress=job.on_progress)
-
-
-def _labels(train: Sequence[Example], counts: Counts) -> LabelSet:
-    found = Counter(label for example in train for label in example.labels or ())
-    names = tuple(sorted(found))
-    if counts.several_labels and (bad := next((name for name in names if ", " in name), None)):
-        raise InputError(f"the label {bad!r} holds a comma, which stands between labels", where="data.label_column")
-    return LabelSet(names, tuple(found[name] for name in names), counts.several_labels, len(train))
 
 
 def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
@@ -246,9 +238,7 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
         keys.label_separator,
         keys.group_column,
         (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
-        (recipe.translation.source, recipe.translation.target)
-        if "translation" in (recipe.task, keys.format)
-        else None,
+        (recipe.translation.source, recipe.translation.target) if "translation" in (recipe.task, keys.format) else None,
     )
 
 
