@@ -16,8 +16,9 @@ from sklearn.metrics import f1_score
 
 from qft.base_model import LabelHead, label_layer, load
 from qft.bundle.classifier import Labels
+from qft.data.examples import Example
 from qft.data.labelled import Labelled, LabelSet, shortened
-from qft.errors import Interrupted
+from qft.errors import InputError, Interrupted
 from qft.measure.classification import best_temperature, calibration_error, measure_labels, per_label, reject_threshold
 from qft.measure.quality import Measuring, RowAnswer
 from qft.progress import silent
@@ -255,6 +256,10 @@ def test_with_several_labels_a_row_is_right_if_all_are() -> None:
     assert quality.value == pytest.approx(100 * f1_score(truth, said, average="macro", zero_division=0))
     sure = 1 / (1 + np.exp(-np.abs(logits[0])))
     assert answers[0].probability == pytest.approx(sure.prod())
+    commas = Labels(("praise", "Trade, Industry", "Towns"), True)
+    quality, answers = measure_labels(Fixed(-logits), rows, commas, Measuring("auto", 8, 1))
+    assert [a.answer for a in answers] == ["Trade, Industry", "praise; Trade, Industry; Towns", "Towns"]
+    assert quality.value == pytest.approx(100 * f1_score(truth, 1 - said, average="macro", zero_division=0))
 
 
 def test_labels_with_their_own_figures() -> None:
@@ -295,3 +300,13 @@ def test_a_long_text_is_cut_before_its_last_special_token() -> None:
     assert shortened([2, 10, 11, 12, 3], tokenizer, 4) == [2, 10, 11, 3]
     assert shortened([10, 11, 12], tokenizer, 2) == [10, 11]
     assert shortened([2, 10, 3], tokenizer, 3) == [2, 10, 3]
+
+
+def test_labels_that_nothing_could_stand_between_are_refused() -> None:
+    rows = [
+        Example((), "", None, "", labels=("Trade, Industry",)),
+        Example((), "", None, "", labels=("Towns; villages",)),
+    ]
+    assert LabelSet.of(rows, several=False).names == ("Towns; villages", "Trade, Industry")
+    with pytest.raises(InputError, match="holds a comma"):
+        LabelSet.of(rows, several=True)

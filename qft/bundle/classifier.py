@@ -19,6 +19,17 @@ class Labels:
     names: tuple[str, ...]
     several: bool
 
+    @property
+    def between(self) -> str:
+        """What stands between several labels in an answer: a comma, or a semicolon where a label holds a comma itself."""
+        return "; " if any(", " in name for name in self.names) else ", "
+
+    def named_in(self, answer: str) -> list[str]:
+        """The labels of an answer."""
+        if not self.several:
+            return [answer]
+        return answer.split(self.between) if answer else []
+
     def decide(self, logits: np.ndarray, temperature: float = 1.0) -> tuple[str, float]:
         """Answer and its probability for logits (labels,). With several labels that of the whole set, taken as independent."""
         scaled = logits.astype(np.float64) / temperature
@@ -27,16 +38,16 @@ class Labels:
             return self.names[best], float(1 / np.exp(scaled - scaled[best]).sum())
         sure = np.abs(scaled)
         chosen = [name for name, value in zip(self.names, scaled, strict=True) if value > 0]
-        return ", ".join(chosen), float(np.exp(-np.log1p(np.exp(-sure)).sum()))
+        return self.between.join(chosen), float(np.exp(-np.log1p(np.exp(-sure)).sum()))
 
     def named(self, row: Labelled) -> str:
         """The answer expected of a row."""
-        return ", ".join(self.names[number] for number in row.labels)
+        return self.between.join(self.names[number] for number in row.labels)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A text's label (several: with commas), its calibrated probability, and whether that is enough to be relied on."""
+    """A text's label (several: with `Labels.between` between them), its calibrated probability, and whether it may be relied on."""
 
     text: str
     probability: float

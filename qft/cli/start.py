@@ -59,6 +59,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 f"duplicates, {report.conflicts:,} with an answer that contradicts another row",
             ),
             *_leaks(report),
+            *_alone(report),
             ("labels", _labels_text(report.labels)),
             *(
                 (f"weight {m.weight:g}", f"{m.source}: {m.rows:,} rows to learn → {m.mixed_rows:,}")
@@ -94,6 +95,13 @@ def _leaks(report: DataReport) -> list[tuple[str, str]]:
         return []
     text = f"{report.also_in_train:,} held-out rows are also among the rows to learn, where {report.leaked:,} were left out"
     return [("on both sides", text)]
+
+
+def _alone(report: DataReport) -> list[tuple[str, str]]:
+    if not report.without_group:
+        return []
+    text = f"{report.without_group:,} rows have no value in data.group_column: each stands alone, on either side"
+    return [("in no group", text)]
 
 
 def _changed_text(report: DataReport) -> str:

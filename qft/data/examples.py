@@ -67,13 +67,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Counts:
-    """rows read; dropped because empty or in no bin; kept by label. several_labels: rows may have any number of them."""
+    """rows read; dropped because empty or in no bin; kept by label. several_labels: rows may have any number of them.
+
+    without_group: rows kept that have no value in the group column; None where no column is named.
+    """
 
     rows: int
     empty: int
     in_no_bin: int
     labels: dict[str, int]
     several_labels: bool = False
+    without_group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
     bins = read_bins(shape.bins)
     if shape.group_column and not any(shape.group_column in row.values for row in rows):
         _column(rows[0], shape.group_column)
-    several = name == "labels" and _several(rows, shape)
+    several = name in ("labels", "evals") and _several(rows, shape)
     shape = replace(shape, label_separator=shape.label_separator or ",") if several else shape
     examples: list[Example] = []
     empty = no_bin = 0
@@ -134,7 +138,8 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
             where="data.label_column",
             hint=f"column {shape.label_column!r} needs at least two labels; check data.bins",
         )
-    return examples, Counts(len(rows), empty, no_bin, dict(labels), several)
+    alone = sum(e.group is None for e in examples) if shape.group_column else None
+    return examples, Counts(len(rows), empty, no_bin, dict(labels), several, alone)
 
 
 def _several(rows: Sequence[Row], shape: Shape) -> bool:
@@ -234,15 +239,18 @@ def _text(row: Row, shape: Shape, bins: Bins) -> Example:
 
 
 def _labels(row: Row, shape: Shape, bins: Bins) -> Example:
-    value = _column(row, shape.label_column)
-    if shape.label_separator:
-        parts = value if isinstance(value, list) else text_of(value).split(shape.label_separator)
-        labels = tuple(dict.fromkeys(part for part in (text_of(part).strip() for part in parts) if part))
-    else:
-        labels = (bin_of(value, bins, row.where) if bins else text_of(value),)
+    labels = _labels_of(_column(row, shape.label_column), row, shape, bins)
     label, text = ", ".join(labels), text_of(_column(row, shape.text_column))
     prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
+
+
+def _labels_of(value: Any, row: Row, shape: Shape, bins: Bins) -> tuple[str, ...]:
+    """One label, or where rows have several those of a list or between separators, each once."""
+    if not shape.label_separator:
+        return (bin_of(value, bins, row.where) if bins else text_of(value),)
+    parts = value if isinstance(value, list) else text_of(value).split(shape.label_separator)
+    return tuple(dict.fromkeys(part for part in (text_of(part).strip() for part in parts) if part))
 
 
 def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
@@ -257,8 +265,7 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
 
 def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
     """Two columns, or, as the hub's sets of translations have it, two keys of a column `translation`."""
-    if shape.translation is None:
-        raise InputError("data.format: translation is for task translation", where="data.format")
+    assert shape.translation is not None  # for `Shape`: where the format is this one, the columns are named
     inner = row.values.get("translation")
     row = Row(inner, row.where) if isinstance(inner, dict) else row
     source, target = (text_of(_column(row, name, key)) for name, key in zip(shape.translation, _SIDES, strict=True))
@@ -267,13 +274,16 @@ def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
 
 
 def _evals(row: Row, shape: Shape, bins: Bins) -> Example:
-    """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
+    """As OpenAI's evals keep them: messages in `input`, the answer in `ideal`.
+
+    A list there holds answers of which each is right, and the first is learnt, unless rows have several labels.
+    """
     ideal = _column(row, "ideal")
-    value = ideal[0] if isinstance(ideal, list) and ideal else ideal
-    label = bin_of(value, bins, row.where) if bins else text_of(value)
-    answer = {"role": "assistant", "content": label}
+    first = ideal[0] if isinstance(ideal, list) and ideal else ideal
+    labels = _labels_of(ideal if shape.label_separator else first, row, shape, bins)
+    answer = {"role": "assistant", "content": ", ".join(labels)}
     asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
-    return replace(asked, label=label, labels=(label,))
+    return replace(asked, label=answer["content"], labels=labels)
 
 
 _FORMATS: dict[str, Callable[[Row, Shape, Bins], Example]] = {

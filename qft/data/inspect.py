@@ -18,8 +18,9 @@ _MOST_UNKNOWN_PERCENT = 5.0  # with more, a tokenizer was made for other text th
 class DataReport:
     """Rows and tokens after preparing.
 
-    leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: held-out rows of a source of
-    their own whose text was among the training rows. changed_copies: of training rows, among those that are mixed.
+    leaked: training rows (after duplicates) dropped because their text is held out. also_in_train: held-out rows whose
+    text was among the training rows: of a source of their own, or of another group. without_group: rows that have no value in
+    data.group_column, where there is one. changed_copies: of training rows, among those that are mixed.
     heard_changed: training rows whose sound is changed, otherwise each time. mixed: the sources of the training rows, where they
     have weights.
     tokens, unknown_tokens: of all parts. shortened: rows whose prompt was, by max_length; cut: whose answer was.
@@ -49,6 +50,7 @@ class DataReport:
     length_longest: int
     labels: dict[str, int]
     shortened: int = 0
+    without_group: int | None = None
 
     def warnings(self) -> list[str]:
         """What is likely wrong with these rows for this model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -20,6 +21,20 @@ class LabelSet:
     train_rows: tuple[int, ...]
     several: bool
     rows: int
+
+    @staticmethod
+    def of(train: Sequence[Example], *, several: bool) -> LabelSet:
+        """The labels of training rows. Raises InputError if nothing could stand between several labels in an answer."""
+        found = Counter(label for example in train for label in example.labels or ())
+        names = tuple(sorted(found))
+        commas, semicolons = ([name for name in names if mark in name] for mark in (", ", "; "))
+        if several and commas and semicolons:
+            raise InputError(
+                f"the label {commas[0]!r} holds a comma, and {semicolons[0]!r} a semicolon",
+                where="data.label_column",
+                hint="one of them stands between a row's labels: write all labels without it",
+            )
+        return LabelSet(names, tuple(found[name] for name in names), several, len(train))
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -79,6 +79,9 @@ class Leaks:
     train: int
     held_out: int
 
+    def __add__(self, other: Leaks) -> Leaks:
+        return Leaks(self.train + other.train, self.held_out + other.held_out)
+
 
 def without_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], Leaks]:
     """Training rows whose text and group are not held out, and how many rows of either side had those of the other."""

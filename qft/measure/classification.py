@@ -194,6 +194,6 @@ def _sets(texts: Sequence[str], labels: Labels) -> np.ndarray:
     place = {name: number for number, name in enumerate(labels.names)}
     found = np.zeros((len(texts), len(labels.names)), dtype=int)
     for number, text in enumerate(texts):
-        for name in (text.split(", ") if text else []) if labels.several else [text]:
+        for name in labels.named_in(text):
             found[number, place[name]] = 1
     return found

@@ -110,7 +110,7 @@ def run(job: Job) -> Facts:
             base, recipe.data.new_tokens, sha256=model.sha256 if there else base.name, cache=job.cache
         )
     tokenizer = TextTokenizer.load(base)
-    labels = _labels(parts["train"], counts)
+    labels = LabelSet.of(parts["train"], several=counts.several_labels)
     task = make_task(recipe, labels)
     encoded: dict[str, list[EncodedRow]] = {}
     tallies: dict[str, EncodeCounts] = {}
@@ -146,14 +146,6 @@ def _new_checkpoint(job: Job, model: Source, train: Sequence[Example]) -> Path:
     texts = [text for e in train for text in ([e.text] if e.text is not None else [m.content for m in e.messages])]
     seed = job.recipe.training.seed
     return new_checkpoint(model.path, texts, seed=seed, cache=job.cache, on_progress=job.on_progress)
-
-
-def _labels(train: Sequence[Example], counts: Counts) -> LabelSet:
-    found = Counter(label for example in train for label in example.labels or ())
-    names = tuple(sorted(found))
-    if counts.several_labels and (bad := next((name for name in names if ", " in name), None)):
-        raise InputError(f"the label {bad!r} holds a comma, which stands between labels", where="data.label_column")
-    return LabelSet(names, tuple(found[name] for name in names), counts.several_labels, len(train))
 
 
 def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
@@ -246,23 +238,32 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
         keys.label_separator,
         keys.group_column,
         (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
-        (recipe.translation.source, recipe.translation.target) if recipe.task == "translation" else None,
+        (recipe.translation.source, recipe.translation.target) if "translation" in (recipe.task, keys.format) else None,
     )
 
 
 def _split(job: Job, examples: list[Example], apart: dict[str, list[Source]]) -> tuple[dict[str, list[Example]], Leaks]:
-    """apart: sources of held-out rows. No text is in two parts: a test row stays, a row for choices goes before one to learn."""
+    """apart: sources of held-out rows. No text is in two parts: a test row stays, a row for choices goes before one to learn.
+
+    Groups are split off whole, so their texts may be those of other groups.
+    """
     keys = job.recipe.data
     parts = {part: _examples(job, [(source, None) for source in sources])[0] for part, sources in apart.items()}
-    examples, leaks = without_leaks(examples, [example for rows in parts.values() for example in rows])
-    if len(parts) == 2:
-        parts["validation"], _ = without_leaks(parts["validation"], parts["eval"])
+    examples, apart_leaks = without_leaks(examples, [example for rows in parts.values() for example in rows])
     wanted = {"eval": keys.eval, "validation": keys.validation}
     sizes = {part: size for part, size in wanted.items() if isinstance(size, int | float)}
     parts |= split_by_hash(examples, sizes, seed=keys.seed)
+    parts["validation"], _ = without_leaks(parts["validation"], parts["eval"])
+    parts["train"], group_leaks = without_leaks(parts["train"], [*parts["eval"], *parts["validation"]])
+    if not (parts["validation"] and parts["train"]):
+        raise InputError(
+            "the texts of one group are those of another: nothing is left to choose or to learn by once they are held out",
+            where="data.group_column",
+            hint="name a column that tells rows with different texts apart",
+        )
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
-    return parts, leaks
+    return parts, apart_leaks + group_leaks
 
 
 def _write(folder: Path, encoded: dict[str, list[EncodedRow]]) -> None:
@@ -312,6 +313,7 @@ def _report(
         length_longest=longest,
         labels=counts.labels,
         shortened=total("shortened"),
+        without_group=counts.without_group,
     )
 
 

@@ -107,3 +107,53 @@ def test_rows_for_choices_of_a_source_of_their_own_are_in_no_other_part(
     typed(tmp_path, "qft plan recipe.yaml data.eval=10 name=b")
     found = as_json(typed(tmp_path, "qft plan recipe.yaml data.eval=10 name=b --json"))["data"]
     assert (found["eval_rows"], found["validation_rows"]) == (10, 14)
+
+
+def test_groups_that_share_texts_leak_none_and_rows_in_no_group_are_counted(
+    tmp_path: Path, tiny_model: Path, reviews: list[dict[str, str]], typed: Type
+) -> None:
+    rows = [{**row, "writer": f"writer {number % 27}"} for number, row in enumerate(reviews)]
+    rows += [
+        {"text": row["text"].upper(), "label": row["label"] * 2, "writer": f"other {n}"}
+        for n, row in enumerate(reviews)
+    ]
+    rows += [{"text": f"alone {number}", "label": "positive", "wrtier": "x"} for number in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ndata: {{train: rows.jsonl, group_column: writer, eval: 40, validation: 20}}\n"
+    )
+    found = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["data"]
+    assert found["without_group"] == 9
+    assert found["also_in_train"] > 0
+    assert found["leaked"] > 0
+    lines = {f"rows.jsonl:{number}": row["text"].casefold() for number, row in enumerate(rows, 1)}
+    sides = {
+        part: {lines[json.loads(line)["where"]] for line in (tmp_path / f"runs/recipe/data/{part}.jsonl").open()}
+        for part in ("train", "validation", "eval")
+    }
+    assert not sides["train"] & (sides["validation"] | sides["eval"])
+    assert not sides["validation"] & sides["eval"]
+    shown = typed(tmp_path, "qft plan recipe.yaml").stdout
+    assert "9 rows have no value in data.group_column" in " ".join(shown.split())
+    same = [{"text": "one and the same", "label": label, "writer": label} for label in "abcdefghij"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same))
+    refused = typed(tmp_path, "qft plan recipe.yaml data.eval=3 data.validation=3")
+    assert refused.returncode == 2
+    assert "data.group_column" in refused.stderr
+
+
+def test_a_decoder_is_given_translations_by_the_columns_that_the_recipe_names(
+    tmp_path: Path, tiny_model: Path, typed: Type
+) -> None:
+    rows = [{"en": f"number {n}", "de": f"Nummer {n}"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny_model}\ntranslation: {{source: en, target: de}}\n"
+        'data: {train: rows.jsonl, format: translation, prompt: "Auf Deutsch: {en}", eval: 10, validation: 5}\n'
+    )
+    asked, answer, *_ = as_json(typed(tmp_path, "qft plan recipe.yaml --json"))["rows"][0]["runs"]
+    assert "Auf Deutsch: number " in asked["text"]
+    assert (answer["in_loss"], "Nummer " in answer["text"]) == (True, True)
+    refused = typed(tmp_path, "qft plan recipe.yaml translation.target=nl")
+    assert refused.returncode == 2
+    assert "translation.target" in refused.stderr
