@@ -45,7 +45,7 @@ LEVELS = [
         "targets",
     ],
     ["data"],
-    ["quant"],
+    ["quant", "kernels"],
     ["bundle"],
     ["measure", "graph", "training"],
     ["tasks", "report", "runfolder"],
