@@ -47,7 +47,7 @@ LEVELS = [
         "known_bases",
     ],
     ["data"],
-    ["quant"],
+    ["quant", "kernels"],
     ["bundle"],
     ["measure", "graph", "training", "serve"],
     ["tasks", "report", "runfolder"],

@@ -22,6 +22,7 @@ from qft.errors import Interrupted, StageError
 from qft.training.causal import CausalForward
 from qft.training.loop import fine_tuning, learning_rate_at, plan_batches, train
 from qft.training.lora import Lora, trainable
+from qft.training.watch import Watch
 from tests.conftest import short_schedule
 
 PAD = 2
@@ -190,13 +191,13 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path
         train(model, rows(8), rows(4), SCHEDULE, TUNING, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
 
 
-def test_a_loss_that_explodes_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
-    easy = [Encoded((*row.input_ids[:-1], 5), (*[False] * (len(row.in_loss) - 1), True), len(row.in_loss) - 1, None, "r")
-            for row in rows(16)]  # fmt: skip
-    schedule = short_schedule(learning_rate=300.0, warmup_ratio=0.9, epochs=100)
+def test_a_loss_that_explodes_stops_the_run() -> None:
+    watch = Watch()
+    for step, loss in enumerate([4.0, 2.0, 1.0, 1.5, 0.8]):
+        watch.look(step, loss, norm=1.0, rate=1e-3)
+    watch.look(5, 5.0, norm=1.0, rate=1e-3)
     with pytest.raises(StageError, match="explodes") as caught:
-        train(tuned(tiny_model, base="none"), easy, easy[:4], schedule, TUNING, folder=tmp_path,
-              metrics=tmp_path / "m.jsonl", plan="p")  # fmt: skip
+        watch.look(6, 20.0, norm=1.0, rate=1e-3)
     assert "lower training.learning_rate" in str(caught.value)
 
 

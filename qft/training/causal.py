@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from qft.data.encode import Encoded
+from qft.data.encode import Encoded, shared_prefix
+from qft.kernels.decoder import Decoder, decoder
+from qft.kernels.layer import Keep
+from qft.kernels.loss import HeadLoss, head_says
 from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
 from qft.training.distill import Teacher, TopDivergence, teach
 from qft.training.forward import Validation
-from qft.training.runner import prefill
+from qft.training.runner import may_share, prefill
 
 _DRAWN_TOKENS = 128  # of a row: enough for a sample of what rounding hurts
 
@@ -39,6 +43,10 @@ class CausalForward:
 
     def loss(self, model: Any, rows: Sequence[Encoded], *, label_smoothing: float = 0.0) -> Tensor:
         """Sum of the cross entropy over target tokens, float32. Only positions that can hold a target get logits."""
+        fast = _kernels(model)
+        if fast is not None:
+            hidden, targets = _before_targets(fast, model, rows)
+            return HeadLoss.apply(hidden, fast.head.weight.detach(), targets, label_smoothing)
         logits, targets = self._target_logits(model, rows)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
@@ -49,11 +57,10 @@ class CausalForward:
         counts = [row.targets for row in rows]
         right, row_nats = 0, [0.0] * len(rows)
         for batch in batches([len(r.input_ids) for r in rows], batch_size):
-            logits, targets = self._target_logits(model, [rows[i] for i in batch])
-            nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            nats, hits = self._nats(model, [rows[i] for i in batch])
             for index, part in zip(batch, nats.split([counts[i] for i in batch]), strict=True):
                 row_nats[index] = part.sum().item()
-            right += int((logits.argmax(-1) == targets).sum())
+            right += int(hits.sum())
         model.train()
         return Validation(sum(row_nats) / sum(counts), 100 * right / sum(counts), row_nats)
 
@@ -99,6 +106,16 @@ class CausalForward:
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
         return log_p.gather(-1, drawn.to(log_p.device)).sum(), len(ids)
 
+    def _nats(self, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Of each target: its cross entropy, float32, and whether it is the first choice."""
+        fast = _kernels(model)
+        if fast is not None:
+            hidden, targets = _before_targets(fast, model, rows)
+            return head_says(hidden, fast.head.weight, targets)
+        logits, targets = self._target_logits(model, rows)
+        nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return nats, logits.argmax(-1) == targets
+
     def _target_logits(self, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """float32 (targets, vocabulary) and int64 (targets,): what is said where a token is in the loss, and that token."""
         keep = min(max(len(r.input_ids) - r.first_target for r in rows) + 1, max(len(r.input_ids) for r in rows))
@@ -115,3 +132,30 @@ class CausalForward:
         longest = max(len(r.input_ids) for r in rows)
         logits = prefill(model, [r.input_ids for r in rows], self.pad_id, keep=longest).logits
         return [row_logits[-len(row.input_ids) :] for row, row_logits in zip(rows, logits, strict=True)]
+
+
+# What a model is as kernels, or None, looked up at every step.
+_KNOWN: WeakKeyDictionary[Any, Decoder | None] = WeakKeyDictionary()
+
+
+def _kernels(model: Any) -> Decoder | None:
+    """The model as kernels that need no padding: on a processor, where they are faster than transformers' modules."""
+    if model.device.type != "cpu":
+        return None
+    if model not in _KNOWN:
+        _KNOWN[model] = decoder(model)
+    return _KNOWN[model]
+
+
+def _before_targets(fast: Decoder, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """What the head reads where the next token is in the loss, (targets, width), and these tokens, int64, row by row."""
+    ids = [row.input_ids for row in rows]
+    longest = max(map(len, ids))
+    prefix = shared_prefix(ids, keep=longest - min(row.first_target for row in rows) + 1) if may_share(model) else 0
+    keep: Keep = "input" if getattr(model, "is_gradient_checkpointing", False) else "all"
+    hidden, places, start = fast.hidden(ids, prefix=prefix, keep=keep), [], prefix
+    for row in rows:
+        places += [start + place - 1 - prefix for place in range(prefix, len(row.input_ids)) if row.in_loss[place]]
+        start += len(row.input_ids) - prefix
+    targets = [token for row in rows for token, wanted in zip(row.input_ids, row.in_loss, strict=True) if wanted]
+    return hidden[torch.tensor(places)], torch.tensor(targets)

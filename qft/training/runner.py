@@ -43,7 +43,7 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, *, keep: int
     rows on their way back into the prefix.
     """
     device = model.device
-    same, cache = shared_prefix(rows, keep=keep) if _may_share(model) else 0, None
+    same, cache = shared_prefix(rows, keep=keep) if may_share(model) else 0, None
     ids, mask, positions = (t.to(device) for t in left_pad([r[same:] for r in rows], pad_id))
     if same:
         prefix = torch.tensor([list(rows[0][:same])], device=device)
@@ -63,7 +63,7 @@ def prefill(model: Any, rows: Sequence[Sequence[int]], pad_id: int, *, keep: int
     return Fed(out.logits, out.past_key_values, ids, mask, positions)
 
 
-def _may_share(model: Any) -> bool:
+def may_share(model: Any) -> bool:
     """Checkpointing switches the cache off; dropout must draw anew for every row."""
     if not model.training:
         return True
