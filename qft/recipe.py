@@ -59,8 +59,7 @@ class DataKeys(Section):
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
     label_separator: str | None = Field(
         None,
-        description="rows have any number of labels, with this between them; a column of lists needs no separator, but in format "
-        "evals it says that all of `ideal` are a row's labels",
+        description="rows have any number of labels, with this between them; a column of lists needs no separator",
     )
     audio_column: str = Field("audio", description="column of sound files' paths (format speech)")
     audio_folder: str | list[str] | None = Field(

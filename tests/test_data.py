@@ -122,16 +122,6 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
         read_rows(tmp_path / name, columns=None)
 
 
-def test_the_answers_of_evals_are_alternatives_unless_rows_have_several_labels() -> None:
-    ideals = [["a", "x, y"], "b", ["c", "d"]]
-    rows = [Row({"input": [{"role": "user", "content": f"q{n}"}], "ideal": i}, "") for n, i in enumerate(ideals)]
-    first, _ = to_examples(rows, shape())
-    assert [e.labels for e in first] == [("a",), ("b",), ("c",)]
-    several, counts = to_examples(rows, shape(label_separator=";"))
-    assert [e.labels for e in several] == [("a", "x, y"), ("b",), ("c", "d")]
-    assert counts.several_labels
-
-
 @pytest.mark.parametrize(
     "values",
     [

@@ -113,7 +113,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
     bins = read_bins(shape.bins)
     if shape.group_column and not any(shape.group_column in row.values for row in rows):
         _column(rows[0], shape.group_column)
-    several = name in ("labels", "evals") and _several(rows, shape)
+    several = name == "labels" and _several(rows, shape)
     shape = replace(shape, label_separator=shape.label_separator or ",") if several else shape
     examples: list[Example] = []
     empty = no_bin = 0
@@ -239,18 +239,15 @@ def _text(row: Row, shape: Shape, bins: Bins) -> Example:
 
 
 def _labels(row: Row, shape: Shape, bins: Bins) -> Example:
-    labels = _labels_of(_column(row, shape.label_column), row, shape, bins)
+    value = _column(row, shape.label_column)
+    if shape.label_separator:
+        parts = value if isinstance(value, list) else text_of(value).split(shape.label_separator)
+        labels = tuple(dict.fromkeys(part for part in (text_of(part).strip() for part in parts) if part))
+    else:
+        labels = (bin_of(value, bins, row.where) if bins else text_of(value),)
     label, text = ", ".join(labels), text_of(_column(row, shape.text_column))
     prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
-
-
-def _labels_of(value: Any, row: Row, shape: Shape, bins: Bins) -> tuple[str, ...]:
-    """One label, or where rows have several those of a list or between separators, each once."""
-    if not shape.label_separator:
-        return (bin_of(value, bins, row.where) if bins else text_of(value),)
-    parts = value if isinstance(value, list) else text_of(value).split(shape.label_separator)
-    return tuple(dict.fromkeys(part for part in (text_of(part).strip() for part in parts) if part))
 
 
 def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
@@ -265,7 +262,8 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
 
 def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
     """Two columns, or, as the hub's sets of translations have it, two keys of a column `translation`."""
-    assert shape.translation is not None  # for `Shape`: where the format is this one, the columns are named
+    if shape.translation is None:
+        raise InputError("data.format: translation is for tasks translation and text-generation", where="data.format")
     inner = row.values.get("translation")
     row = Row(inner, row.where) if isinstance(inner, dict) else row
     source, target = (text_of(_column(row, name, key)) for name, key in zip(shape.translation, _SIDES, strict=True))
@@ -274,16 +272,13 @@ def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
 
 
 def _evals(row: Row, shape: Shape, bins: Bins) -> Example:
-    """As OpenAI's evals keep them: messages in `input`, the answer in `ideal`.
-
-    A list there holds answers of which each is right, and the first is learnt, unless rows have several labels.
-    """
+    """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
     ideal = _column(row, "ideal")
-    first = ideal[0] if isinstance(ideal, list) and ideal else ideal
-    labels = _labels_of(ideal if shape.label_separator else first, row, shape, bins)
-    answer = {"role": "assistant", "content": ", ".join(labels)}
+    value = ideal[0] if isinstance(ideal, list) and ideal else ideal
+    label = bin_of(value, bins, row.where) if bins else text_of(value)
+    answer = {"role": "assistant", "content": label}
     asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
-    return replace(asked, label=answer["content"], labels=labels)
+    return replace(asked, label=label, labels=(label,))
 
 
 _FORMATS: dict[str, Callable[[Row, Shape, Bins], Example]] = {

@@ -227,6 +227,7 @@ def layout_of(recipe: Recipe) -> dict[str, Any]:
 def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
     """How the recipe's rows become examples. rows_in: their files or folders, or the .tar files where their sound files lie."""
     keys = recipe.data
+    translates = recipe.task == "translation" or (recipe.task, keys.format) == ("text-generation", "translation")
     folders = tuple(path if path.is_dir() or path.suffix == ".tar" else path.parent for path in rows_in)
     return Shape(
         keys.format,
@@ -238,7 +239,7 @@ def shape_of(recipe: Recipe, rows_in: Sequence[Path]) -> Shape:
         keys.label_separator,
         keys.group_column,
         (keys.audio_column, folders) if recipe.task == "automatic-speech-recognition" else None,
-        (recipe.translation.source, recipe.translation.target) if "translation" in (recipe.task, keys.format) else None,
+        (recipe.translation.source, recipe.translation.target) if translates else None,
     )
 
 
@@ -256,10 +257,11 @@ def _split(job: Job, examples: list[Example], apart: dict[str, list[Source]]) ->
     parts["validation"], _ = without_leaks(parts["validation"], parts["eval"])
     parts["train"], group_leaks = without_leaks(parts["train"], [*parts["eval"], *parts["validation"]])
     if not (parts["validation"] and parts["train"]):
+        empty = "train" if parts["validation"] else "validation"
         raise InputError(
-            "the texts of one group are those of another: nothing is left to choose or to learn by once they are held out",
-            where="data.group_column",
-            hint="name a column that tells rows with different texts apart",
+            f"every text of data.{empty} is held out elsewhere, so that nothing is left of it",
+            where=f"data.{empty}",
+            hint="a text lies on one side of a split alone: give rows with other texts",
         )
     if keys.max_train_rows:
         parts["train"] = take_by_hash(parts["train"], keys.max_train_rows, seed=keys.seed)
