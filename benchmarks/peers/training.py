@@ -1,7 +1,7 @@
 """One run of the same tuning work by one trainer, in a process of its own: `python -m benchmarks.peers.training WAY WORK_JSON`.
 
-Prints a JSON object: seconds of every step, peak memory, and the held-out loss afterwards. TRL is imported only by its own ways, so that
-an environment without it (`make peers` makes one with it) can run the others.
+Prints a JSON object: seconds of every step, peak memory, and the held-out loss afterwards. TRL is imported only by its own ways, so
+that an environment without it (`make peers` makes one with it) can run the others.
 """
 
 from __future__ import annotations
