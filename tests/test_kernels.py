@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from qft.kernels.attention import Attention, Pack
 from qft.kernels.decoder import Decoder, decoder
 from qft.kernels.loss import HeadLoss, head_says
+from qft.training.noise import add_noise
 
 VOCABULARY = 97
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -87,6 +88,22 @@ def test_no_row_sees_its_neighbour() -> None:
     assert torch.equal(hidden[:40], changed[:40])
     assert torch.equal(hidden[70:], changed[70:])
     assert not torch.equal(hidden[40:70], changed[40:70])
+
+
+def test_noise_on_the_embedding_is_of_each_rows_own_length() -> None:
+    """Uniform within alpha / sqrt(tokens · width), arXiv 2310.05914: rows that lie end to end are not one long row."""
+    model, reaches = adapted("llama").train(), {}
+    embedding = model.get_input_embeddings()
+    add_noise(model, 5.0)
+
+    def look(module: Any, inputs: Any, noisy: torch.Tensor) -> None:
+        noise = noisy[0] - module.weight[inputs[0][0]]
+        reaches[len(noise)] = noise.abs().max().item() * (len(noise) * noise.shape[1]) ** 0.5
+
+    embedding.register_forward_hook(look)
+    fast(model).hidden(some_rows((400, 50)))
+    assert set(reaches) == {400, 50}
+    assert all(4.9 < reach <= 5.0 for reach in reaches.values())
 
 
 @pytest.mark.parametrize("window", [None, 5, 300])

@@ -39,15 +39,15 @@ class Decoder:
         shared = [list(rows[0][:prefix])] if prefix else []
         parts = shared + [list(row[prefix:]) for row in rows]
         pack = Pack(list(map(len, parts)), prefix)
-        x = self.embed(torch.tensor(sum(parts, []), device=self.head.weight.device)[None])
+        # One by one: NEFTune's noise, which hangs on the embedding, is as strong as a row is short.
+        x = torch.cat([self.embed(torch.tensor(part, device=self.head.weight.device)[None])[0] for part in parts])
         angles = [self._angles(rotary, x, pack) for rotary in self.rotaries]
-        x = x[0]
         for layer, rotary in zip(self.layers, angles, strict=True):
             x = LayerPass.apply(x, layer, rotary, pack, keep, *layer.parameters)
         return NormPass.apply(x, self.norm)
 
     def _angles(self, rotary: Any, x: Tensor, pack: Pack) -> Rotary:
-        cos, sin = rotary(x, pack.positions()[None].to(x.device))
+        cos, sin = rotary(x[None], pack.positions()[None].to(x.device))
         half = cos.shape[-1] // 2
         return Rotary(cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -134,17 +133,12 @@ class CausalForward:
         return [row_logits[-len(row.input_ids) :] for row, row_logits in zip(rows, logits, strict=True)]
 
 
-# What a model is as kernels, or None, looked up at every step.
-_KNOWN: WeakKeyDictionary[Any, Decoder | None] = WeakKeyDictionary()
-
-
 def _kernels(model: Any) -> Decoder | None:
-    """The model as kernels that need no padding: on a processor, where they are faster than transformers' modules."""
-    if model.device.type != "cpu":
-        return None
-    if model not in _KNOWN:
-        _KNOWN[model] = decoder(model)
-    return _KNOWN[model]
+    """The model as kernels that need no padding: on a processor, where they are faster than transformers' modules.
+
+    Looked up at every step, a few milliseconds: modules may be exchanged in between.
+    """
+    return decoder(model) if model.device.type == "cpu" else None
 
 
 def _before_targets(fast: Decoder, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import torch
 def add_noise(model: Any, alpha: float) -> None:
     """From now on, in training mode, embeddings (rows, tokens, hidden) get uniform noise within alpha / sqrt(tokens · hidden).
 
-    Measuring is not touched; alpha 0 adds nothing. Tokens are those of the padded row, as in the paper's own code.
+    Measuring is not touched; alpha 0 adds nothing. Tokens are those of the padded row, as in the paper's own code, or of the row itself
+    where the kernels embed it.
     """
 
     def noisy(module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
