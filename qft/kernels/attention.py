@@ -29,8 +29,8 @@ class Pack:
         return torch.cat([torch.arange(n) + (self.prefix if start else 0) for start, n in self._rows()])
 
     def blocks(self, window: int | None) -> Iterator[tuple[slice, list[slice], int]]:
-        """Queries that go together, the keys that they may see (the prefix's, the row's own), and how many keys lie too far back
-        for the last of the queries: such keys are masked by `mask`.
+        """Queries that go together, the keys that any of them may see (the prefix's, the row's own), and how many of these keys
+        stand before the first query: what `mask` is asked with.
         """
         for start, length in self._rows():
             before = self.prefix if start else 0

@@ -15,6 +15,8 @@ from qft.kernels.linear import Adapted, Group
 from qft.kernels.norm import Norm
 
 _KINDS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
+# What turns a layer's heads: a rotary module, and in transformers 5 the kind of layer that it is asked for.
+Turning = tuple[Any, ...]
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
@@ -28,7 +30,7 @@ class Decoder:
 
     embed: Any
     layers: list[Layer]
-    rotaries: list[Any]
+    turnings: list[Turning]
     norm: Norm
     head: Any
 
@@ -41,15 +43,17 @@ class Decoder:
         pack = Pack(list(map(len, parts)), prefix)
         # One by one: NEFTune's noise, which hangs on the embedding, is as strong as a row is short.
         x = torch.cat([self.embed(torch.tensor(part, device=self.head.weight.device)[None])[0] for part in parts])
-        angles = [self._angles(rotary, x, pack) for rotary in self.rotaries]
-        for layer, rotary in zip(self.layers, angles, strict=True):
-            x = LayerPass.apply(x, layer, rotary, pack, keep, *layer.parameters)
+        angles = {turning: _angles(turning, x, pack) for turning in set(self.turnings)}
+        for layer, turning in zip(self.layers, self.turnings, strict=True):
+            x = LayerPass.apply(x, layer, angles[turning], pack, keep, *layer.parameters)
         return NormPass.apply(x, self.norm)
 
-    def _angles(self, rotary: Any, x: Tensor, pack: Pack) -> Rotary:
-        cos, sin = rotary(x[None], pack.positions()[None].to(x.device))
-        half = cos.shape[-1] // 2
-        return Rotary(cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous())
+
+def _angles(turning: Turning, x: Tensor, pack: Pack) -> Rotary:
+    module, *kind = turning
+    cos, sin = module(x[None], pack.positions()[None].to(x.device), *kind)
+    half = cos.shape[-1] // 2
+    return Rotary(cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous())
 
 
 class NormPass(torch.autograd.Function):
@@ -92,21 +96,18 @@ def _decoder(model: Any, causal: Any) -> Decoder:
     layers = [_layer(part, config) for part in body.layers]
     learning = {id(p) for layer in layers for p in layer.parameters}
     _need(all(id(p) in learning for p in model.parameters() if p.requires_grad))
-    rotaries = [_rotary(body, part) for part in body.layers]
-    return Decoder(body.embed_tokens, layers, rotaries, _norm(body.norm), head)
+    turnings = [_turning(body, part) for part in body.layers]
+    return Decoder(body.embed_tokens, layers, turnings, _norm(body.norm), head)
 
 
-def _rotary(body: Any, part: Any) -> Any:
+def _turning(body: Any, part: Any) -> Turning:
     """Gemma 3 turns the heads of layers with a window by other angles."""
     local = getattr(body, "rotary_emb_local", None)
     kind = getattr(part, "attention_type", None) or getattr(part.self_attn, "layer_type", None)
-    if local is not None and kind == "sliding_attention":
-        return local
-    if (
-        getattr(body.rotary_emb, "layer_types", None) is not None and local is None and kind is not None
-    ):  # transformers 5
-        return lambda x, positions: body.rotary_emb(x, positions, kind)
-    return body.rotary_emb
+    if local is not None:
+        return (local if kind == "sliding_attention" else body.rotary_emb,)
+    by_kind = getattr(body.rotary_emb, "layer_types", None) is not None and kind is not None  # transformers 5
+    return (body.rotary_emb, kind) if by_kind else (body.rotary_emb,)
 
 
 def _layer(part: Any, config: Any) -> Layer:
