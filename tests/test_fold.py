@@ -19,6 +19,7 @@ from qft.graph.matmulnbits import GraphPlan, quantize_graph
 from qft.measure.agreement import TOP
 from qft.quant.grids import Grids, Scheme, dequantize
 from qft.quant.linear import grid_layers
+from qft.kernels.loss import Said
 from qft.training.distill import TopDivergence
 from qft.training.fold import FoldPlan, Lesson, fit, learn
 from qft.training.runner import TorchRunner
@@ -41,7 +42,7 @@ def test_the_divergence_and_its_gradient_are_those_of_float64() -> None:
     log_p, ids = teacher.topk(20)
     rest = torch.log1p(-log_p.exp().sum(-1))
     upstream = torch.rand(6, generator=chance)
-    ours = TopDivergence.apply(logits, ids, log_p, rest)
+    ours = TopDivergence.apply(logits, Said(ids, log_p, rest))
     (gradient,) = torch.autograd.grad(ours, logits, upstream)
     exact = logits.detach().double().requires_grad_()
     log_q = torch.log_softmax(exact, -1).gather(-1, ids)
@@ -56,7 +57,7 @@ def test_the_divergence_and_its_gradient_are_those_of_float64() -> None:
 def test_all_tokens_kept_it_is_the_whole_divergence() -> None:
     logits, teacher = torch.randn(4, TOP), torch.log_softmax(torch.randn(4, TOP), -1)
     log_p, ids = teacher.topk(TOP - 1)
-    found = TopDivergence.apply(logits, ids, log_p, torch.log1p(-log_p.exp().sum(-1)))
+    found = TopDivergence.apply(logits, Said(ids, log_p, torch.log1p(-log_p.exp().sum(-1))))
     whole = (teacher.exp() * (teacher - torch.log_softmax(logits, -1))).sum(-1)
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-5)
 

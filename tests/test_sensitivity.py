@@ -32,8 +32,9 @@ def rounded(model: Any) -> dict[str, Fitted]:
 
 def test_a_move_is_the_product_of_the_weights_gradient_and_its_rounding(model: Any) -> None:
     fitted, ids = rounded(model), torch.tensor([rows(1)[0].input_ids])
-    with _moves_watched(model, fitted) as moves:
+    with _moves_watched(model, fitted) as shares:
         torch.log_softmax(model(input_ids=ids).logits, -1)[..., 3].sum().backward()
+        moves = {name: share.grad.item() for name, share in shares.items()}
     model.requires_grad_(True)
     torch.log_softmax(model(input_ids=ids).logits, -1)[..., 3].sum().backward()
     for name, linear in decoder_linears(model).items():

@@ -13,6 +13,7 @@ from qft.kernels.attention import Attention, Pack
 from qft.kernels.layer import Keep, Layer, LayerPass, Rotary
 from qft.kernels.linear import Adapted, Group
 from qft.kernels.norm import Norm
+from qft.quant.linear import ByWeight
 
 _KINDS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
 # What turns a layer's heads: a rotary module, and in transformers 5 the kind of layer that it is asked for.
@@ -147,7 +148,7 @@ def _norm(module: Any) -> Norm:
 
 def _adapted(module: Any) -> Adapted:
     if not hasattr(module, "lora_A"):
-        _need(_is_linear(module))
+        _need(_is_linear(module) or isinstance(module, ByWeight))
         return Adapted(module)
     base, names = module.get_base_layer(), list(module.active_adapters)
     _need(_is_linear(base) and len(names) == 1 and not module.merged and not module.disable_adapters)

@@ -1,4 +1,4 @@
-"""Linear layers with adapters: several that read the same input go through as one."""
+"""Linear layers, what learns in them and beside them: several that read the same input go through as one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from qft.kernels.norm import widened
+from qft.quant.linear import ByWeight
 
 
 @dataclass(frozen=True)
 class Adapted:
     """A frozen linear layer and the LoRA adapter beside it, if it has one: y = W x + bias + scaling · B A x.
 
-    base: torch's Linear or bitsandbytes' Linear4bit. a: float (r, in) and b: float (out, r), the parameters that learn.
+    base: torch's Linear, bitsandbytes' Linear4bit, or a ByWeight, in which something learns and which has no adapter beside it.
+    a: float (r, in) and b: float (out, r), the parameters that learn.
     """
 
     base: Any
@@ -26,6 +28,8 @@ class Adapted:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(out, in), out of 4 bits if it is held in these: 0.1 ms for a million weights, so it is done anew for every pass."""
+        if isinstance(self.base, ByWeight):
+            return self.base.dense(dtype)
         weight, state = self.base.weight, getattr(self.base.weight, "quant_state", None)
         if state is None:
             return weight.detach().to(dtype)
@@ -41,10 +45,18 @@ class Group:
         self.layers = list(layers)
         self.widths = [layer.base.out_features for layer in layers]
         self.adapted = [layer for layer in layers if layer.a is not None]
+        self.by_weight = [layer.base for layer in layers if isinstance(layer.base, ByWeight)]
         self.parameters = [p for layer in self.adapted for p in (layer.a, layer.b) if p is not None]
+        self.parameters += [p for base in self.by_weight for p in base.learning]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: (tokens, in) → y (tokens, sum of outs), and A x (tokens, sum of ranks), which `backward` asks for."""
+        """x: (tokens, in) → y (tokens, sum of outs), and A x (tokens, sum of ranks), which `backward` asks for.
+
+        Whoever watches what the layers read, by hooks before their forward pass, sees it.
+        """
+        for layer in self.layers:
+            for watch in layer.base._forward_pre_hooks.values():
+                watch(layer.base, (x,))
         y = x @ self._weight(x.dtype).t()
         bias = self._bias(x)
         if bias is not None:
@@ -58,6 +70,8 @@ class Group:
     def backward(self, dy: Tensor, x: Tensor, ax: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """dy: (tokens, sum of outs) → dx (tokens, in), and the gradients of `parameters`, float32 or wider."""
         dx = dy @ self._weight(dy.dtype)
+        if self.by_weight:
+            return dx, self._by_weight(dy, x)
         if ax is None:
             return dx, []
         a, b = self._adapters(dy.dtype)
@@ -68,6 +82,11 @@ class Group:
         for layer, rows, outs in zip(self.adapted, *self._spans(), strict=True):
             found += [da[rows], db[outs, rows] * layer.scaling]
         return dx, found
+
+    def _by_weight(self, dy: Tensor, x: Tensor) -> list[Tensor]:
+        of_weights = (dy.t() @ x).split(self.widths)
+        pairs = zip(self.by_weight, of_weights, strict=True)
+        return [gradient for base, of_weight in pairs for gradient in base.gradients(of_weight)]
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         weights = [layer.weight(dtype) for layer in self.layers]

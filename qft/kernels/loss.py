@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,58 @@ class HeadLoss(torch.autograd.Function):
         """Gradient of the hidden states alone."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None
+
+
+class HeadDivergence(torch.autograd.Function):
+    """Weighted sum of KL(teacher ‖ softmax(hidden Wᵀ)), as `top_divergence` has it; logits come and go as in `HeadLoss`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, said: Said, counts: Tensor) -> Tensor:
+        """hidden: (positions, width); weight: (choices, width), frozen; counts: float32 (positions,). Returns nats, float32."""
+        chunk = max(1, _CHUNK_LOGITS // len(weight))
+        total, gradient = widened(hidden.new_zeros(())), torch.empty_like(hidden)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            nats, d_logits = top_divergence(widened(hidden[part] @ weight.t()), Said(*(t[part] for t in said)))
+            total += nats @ counts[part]
+            gradient[part] = d_logits.mul_(counts[part, None]).to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        """Gradient of the hidden states alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None
+
+
+class Said(NamedTuple):
+    """A teacher's likeliest tokens. ids: int64, log_p: float32 (positions, k); rest: float32 (positions,), log of all others' share."""
+
+    ids: Tensor
+    log_p: Tensor
+    rest: Tensor
+
+
+def top_divergence(logits: Tensor, said: Said) -> tuple[Tensor, Tensor]:
+    """KL(teacher ‖ student) over the teacher's likeliest tokens and one class for the rest: nats (positions,), and its gradient.
+
+    logits: float32 (positions, vocabulary). The gradient is formed in the memory of the softmax.
+    """
+    log_q = torch.log_softmax(logits, -1)
+    ours = log_q.gather(-1, said.ids)
+    ours_rest = log_rest(ours)
+    p, p_rest = said.log_p.exp(), said.rest.exp()
+    divergence = (p * (said.log_p - ours)).sum(-1) + p_rest * (said.rest - ours_rest)
+    # d/d log_q of each kept token: its own term, and that the rest is one minus their sum.
+    of_kept = p_rest[:, None] * (ours - ours_rest[:, None]).exp() - p
+    gradient = log_q.exp_().mul_(-of_kept.sum(-1, keepdim=True)).scatter_add_(-1, said.ids, of_kept)
+    return divergence, gradient
+
+
+def log_rest(log_p: Tensor) -> Tensor:
+    """Log of what is left of one; never less than -16, so that nothing is infinite."""
+    return torch.log1p(-log_p.exp().sum(-1).clamp(max=1 - 1e-7))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:

@@ -17,23 +17,67 @@ import torch
 from torch import Tensor
 
 from qft.quant.fit import Fitted
-from qft.quant.grids import Quantized, Scheme, to_blocks
+from qft.quant.grids import Quantized, Scheme
 
 
-class GridLinear(torch.nn.Module):
-    """y = x Wᵀ + bias with W on its grid.
+class ByWeight(torch.nn.Module):
+    """A linear layer whose parameters learn by way of its weight: y = x Wᵀ + bias, W made from them.
 
-    fitted: where scales, zero points and gain start, and L, whose nearest codes are the first ones. A weight takes three bytes:
-    one for its code, two for L, float16. What learns: gain, float32 (rows, k_blocks), and the float32 adapter of rank r.
+    A subclass says what learns, what W is, and what the gradient of W comes to for each parameter.
     """
 
-    def __init__(self, fitted: Fitted, bias: Tensor | None, *, r: int, seed: int) -> None:
+    def __init__(self, rows: int, cols: int, bias: Tensor | None) -> None:
         super().__init__()
+        self.in_features, self.out_features, self.bias = cols, rows, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float (…, cols) → (…, rows)."""
+        y = _ByWeight.apply(x, self, *self.learning)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def learning(self) -> list[Tensor]:
+        """The parameters, in the order of `gradients`."""
+        raise NotImplementedError
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """(rows, cols), without a gradient."""
+        raise NotImplementedError
+
+    def gradients(self, of_weight: Tensor) -> list[Tensor]:
+        """of_weight: float (rows, cols), the gradient of W; it may be written over."""
+        raise NotImplementedError
+
+
+class _ByWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: ByWeight, *_: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return torch.nn.functional.linear(x, layer.dense(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """One product more than LoRA's: the full gradient of W. It is not kept."""
+        (x,) = ctx.saved_tensors
+        grad_x = gradient @ ctx.layer.dense(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return grad_x, None, *ctx.layer.gradients(of_weight)
+
+
+class GridLinear(ByWeight):
+    """W on its grid.
+
+    fitted: where scales, zero points and gain start, and L, whose nearest codes are the first ones. What learns: gain, float32
+    (rows, k_blocks), and the float32 adapter of rank r. A weight takes two bytes for L, float16, and its own of `dtype` for W.
+    """
+
+    def __init__(self, fitted: Fitted, bias: Tensor | None, *, r: int, seed: int, dtype: torch.dtype) -> None:
         matrix, (rows, cols) = fitted.matrix, fitted.latent.shape
+        super().__init__(rows, cols, bias)
         chance = torch.Generator().manual_seed(seed)
         self.scheme: Scheme = matrix.scheme
-        self.in_features, self.out_features = cols, rows
-        self.latent, self.bias = fitted.latent, bias
+        self.latent, self.dtype = fitted.latent, dtype
         self.zero_points = matrix.zero_points
         self.scales = matrix.scales.float()
         self.gain = torch.nn.Parameter(fitted.gain.clone())
@@ -41,21 +85,42 @@ class GridLinear(torch.nn.Module):
         self.b = torch.nn.Parameter(torch.zeros(rows, r))
         self.round_again()  # L in float16 is now and then as near to the next code
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float (…, cols) → (…, rows)."""
-        y = _OnGrid.apply(x, self.gain, self.a, self.b, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    @property
+    def learning(self) -> list[Tensor]:
+        """Gain, A and B."""
+        return [self.gain, self.a, self.b]
 
-    def steps(self) -> Tensor:
-        """float32 (rows, k_blocks, block): codes less zero points, how many steps of the grid a weight is from zero."""
-        return self.codes.float().sub_(self.zero_points.float()[..., None])
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """(rows, cols), as the last `round_again` left it."""
+        return self.weight.to(dtype)
+
+    def gradients(self, of_weight: Tensor) -> list[Tensor]:
+        """float32. Of the gain: its block's steps, W / gain, times the gradient. Of A and B: LoRA's own, gain times the gradient."""
+        blocks = _in_blocks(of_weight, self.scheme.block)
+        weight = _in_blocks(self.dense(of_weight.dtype), self.scheme.block)
+        of_gain = (weight * blocks).sum(-1, dtype=torch.float32).div_(self.gain)
+        moved = blocks.mul_(self.gain[..., None]).reshape(self.out_features, -1)[:, : self.in_features]
+        a, b = self.a.detach().to(moved.dtype), self.b.detach().to(moved.dtype)
+        return [of_gain, (b.t() @ moved).float(), (moved @ a.t()).float()]
 
     @torch.no_grad()
     def round_again(self) -> None:
-        """Codes for the adapter as it now is. To be called after every optimizer step."""
+        """W for the adapter and the gain as they now are. To be called after every optimizer step."""
+        steps = self._steps().mul_((self.scales * self.gain)[..., None])
+        self.weight = steps.reshape(self.out_features, -1)[:, : self.in_features].to(self.dtype)
+
+    def _steps(self) -> Tensor:
+        """float32 (rows, k_blocks, block): codes less zero points, how many steps of the grid a weight is from zero."""
+        zeros = self.zero_points[..., None].float()
         moved = torch.addmm(self.latent.float(), self.b, self.a)
-        steps = to_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
-        self.codes = steps.add_(self.zero_points[..., None]).clamp_(0, self.scheme.top).to(torch.uint8)
+        steps = _in_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
+        return torch.clamp(steps, -zeros, self.scheme.top - zeros, out=steps)
+
+    @property
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """uint8 (rows, k_blocks, block)."""
+        return self._steps().add_(self.zero_points[..., None]).to(torch.uint8)
 
     @torch.no_grad()
     def matrix(self) -> Quantized:
@@ -63,38 +128,18 @@ class GridLinear(torch.nn.Module):
         scales = (self.scales * self.gain).to(self.scheme.scale_type)
         return Quantized(self.codes, scales, self.zero_points, self.in_features, self.scheme)
 
-    @torch.no_grad()
     def clamped_percent(self) -> float:
         """Share of weights on the first or last code: those that the grid may hold back."""
-        at_edge = (self.codes == 0) | (self.codes == self.scheme.top)
+        codes = self.codes
+        at_edge = (codes == 0) | (codes == self.scheme.top)
         return 100 * at_edge.float().mean().item()
 
 
-class _OnGrid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, a: Tensor, b: Tensor, layer: GridLinear) -> Tensor:
-        ctx.save_for_backward(x, gain, a, b)
-        ctx.layer = layer
-        return torch.nn.functional.linear(x, _dense(layer, layer.steps(), gain).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        """One product more than LoRA's: the full gradient of W, from which gain, a and b take theirs. It is not kept."""
-        x, gain, a, b = ctx.saved_tensors
-        layer: GridLinear = ctx.layer
-        steps = layer.steps()
-        grad_x = gradient @ _dense(layer, steps, gain).to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).float()
-        blocks = to_blocks(of_weight, layer.scheme.block)
-        grad_gain = steps.mul_(blocks).sum(-1).mul_(layer.scales)
-        moved = blocks.mul_(gain[..., None]).reshape(len(blocks), -1)[:, : layer.in_features]
-        return grad_x, grad_gain, b.t() @ moved, moved @ a.t(), None
-
-
-def _dense(layer: GridLinear, steps: Tensor, gain: Tensor) -> Tensor:
-    """float32 (rows, cols)."""
-    blocks = steps * (layer.scales * gain)[..., None]
-    return blocks.reshape(len(blocks), -1)[:, : layer.in_features]
+def _in_blocks(weight: Tensor, block: int) -> Tensor:
+    """(rows, cols) → (rows, k_blocks, block), the last block padded with zeros; the same memory where nothing is padded."""
+    missing = -weight.shape[1] % block
+    padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
+    return padded.view(len(weight), -1, block)
 
 
 def put_on_grid(model: Any, fitted: dict[str, Fitted], *, r: int, seed: int) -> None:
@@ -104,8 +149,8 @@ def put_on_grid(model: Any, fitted: dict[str, Fitted], *, r: int, seed: int) -> 
     for number, (name, found) in enumerate(fitted.items()):
         old = model.get_submodule(name)
         bias = None if old.bias is None else old.bias.detach()
-        new = GridLinear(found, bias, r=r, seed=seed + number)
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+        new = GridLinear(found, bias, r=r, seed=seed + number, dtype=old.weight.dtype)
+        model.set_submodule(name, new)
 
 
 def grid_layers(model: Any) -> Iterator[tuple[str, GridLinear]]:

@@ -12,14 +12,16 @@ from torch import Tensor
 from qft.data.encode import Encoded, shared_prefix
 from qft.kernels.decoder import Decoder, decoder
 from qft.kernels.layer import Keep
-from qft.kernels.loss import HeadLoss, head_says
+from qft.kernels.loss import HeadDivergence, HeadLoss, Said, head_says
 from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
-from qft.training.distill import Teacher, TopDivergence, teach
+from qft.training.distill import Teacher, TopDivergence, draw, teach
 from qft.training.forward import Validation
 from qft.training.runner import may_share, prefill
 
 _DRAWN_TOKENS = 128  # of a row: enough for a sample of what rounding hurts
+_ASKED_TOKENS = 1024  # at once; products of fewer rows are slower
+_LOGIT_ROWS = 128  # whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,12 @@ class CausalForward:
         """The likeliest tokens at every position of every row."""
 
         def said() -> Iterator[tuple[tuple[int, ...], Tensor]]:
-            for number, row in enumerate(rows):
-                on_progress(Progress("ask the tuned model", number, len(rows), "rows"))
-                yield row.input_ids, self._all_logits(model, [row])[0]
+            fast, done = _kernels(model), 0
+            for batch in batches([len(row.input_ids) for row in rows], len(rows), _ASKED_TOKENS if fast else 1):
+                some = [rows[i] for i in batch]
+                on_progress(Progress("ask the tuned model", done, len(rows), "rows"))
+                yield from _said_by(fast, some) if fast else [(some[0].input_ids, self._all_logits(model, some)[0])]
+                done += len(some)
 
         return teach(said())
 
@@ -86,24 +91,26 @@ class CausalForward:
         on the others (all on the targets if there are no others): an answer may be one token, and what the model makes of
         the prompt tells much more about its weights.
         """
+        fast = _kernels(model)
+        if fast is not None:
+            return _divergence(fast, model, rows, teacher)
         total = torch.zeros((), device=model.device)
         for row, logits in zip(rows, self._all_logits(model, rows), strict=True):
-            said = teacher.said(row.input_ids, len(row.input_ids) - 1, logits.device)  # nothing follows the last token
-            divergence = TopDivergence.apply(logits[:-1].float(), *said)
-            target = torch.tensor(row.in_loss[1:], device=logits.device)
-            count = int(target.sum())
-            if count == len(target):
-                total = total + divergence.sum()
-            else:
-                total = total + 0.5 * divergence[target].sum() + 0.5 * count * divergence[~target].mean()
+            said = teacher.said(row.input_ids, slice(0, len(row.input_ids) - 1), logits.device)
+            total = total + TopDivergence.apply(logits[:-1].float(), said) @ _counts(row).to(logits.device)
         return total
 
     def drawn_log_p(self, model: Any, row: Encoded, chance: torch.Generator) -> tuple[Tensor, int]:
         """Of a token drawn at each of the row's first positions."""
         ids = row.input_ids[:_DRAWN_TOKENS]
-        log_p = torch.log_softmax(prefill(model, [ids], self.pad_id, keep=len(ids)).logits[0].float(), -1)
-        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
-        return log_p.gather(-1, drawn.to(log_p.device)).sum(), len(ids)
+        fast = _kernels(model)
+        if fast is not None:
+            hidden, head = fast.hidden([ids]), fast.head.weight.detach()
+            with torch.no_grad():
+                drawn = draw(hidden @ head.t(), chance)
+            return -HeadLoss.apply(hidden, head, drawn, 0.0), len(ids)
+        logits = prefill(model, [ids], self.pad_id, keep=len(ids)).logits[0].float()
+        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum"), len(ids)
 
     def _nats(self, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Of each target: its cross entropy, float32, and whether it is the first choice."""
@@ -146,10 +153,49 @@ def _before_targets(fast: Decoder, model: Any, rows: Sequence[Encoded]) -> tuple
     ids = [row.input_ids for row in rows]
     longest = max(map(len, ids))
     prefix = shared_prefix(ids, keep=longest - min(row.first_target for row in rows) + 1) if may_share(model) else 0
-    keep: Keep = "input" if getattr(model, "is_gradient_checkpointing", False) else "all"
-    hidden, places, start = fast.hidden(ids, prefix=prefix, keep=keep), [], prefix
+    hidden, places, start = fast.hidden(ids, prefix=prefix, keep=_keep(model)), [], prefix
     for row in rows:
         places += [start + place - 1 - prefix for place in range(prefix, len(row.input_ids)) if row.in_loss[place]]
         start += len(row.input_ids) - prefix
     targets = [token for row in rows for token, wanted in zip(row.input_ids, row.in_loss, strict=True) if wanted]
     return hidden[torch.tensor(places)], torch.tensor(targets)
+
+
+def _counts(row: Encoded) -> Tensor:
+    """float32 (tokens - 1,): what each position counts in the divergence; nothing follows the last token."""
+    target = torch.tensor(row.in_loss[1:])
+    targets, others = int(target.sum()), int((~target).sum())
+    if not others:
+        return torch.ones(targets)
+    return torch.where(target, 0.5, 0.5 * targets / others)
+
+
+def _divergence(fast: Decoder, model: Any, rows: Sequence[Encoded], teacher: Teacher) -> Tensor:
+    """As `CausalForward.divergence`; positions of a shared beginning are there once and count for every row."""
+    ids, counts = [row.input_ids for row in rows], [_counts(row) for row in rows]
+    prefix = shared_prefix(ids) if may_share(model) else 0
+    hidden, start = fast.hidden(ids, prefix=prefix, keep=_keep(model)), prefix
+    places, said, weights = [], [], []
+    if prefix:
+        places.append(torch.arange(prefix))
+        said.append(teacher.said(ids[0], slice(0, prefix), hidden.device))
+        weights.append(torch.stack([count[:prefix] for count in counts]).sum(0))
+    for row, count in zip(ids, counts, strict=True):
+        places.append(torch.arange(start, start + len(count) - prefix))
+        said.append(teacher.said(row, slice(prefix, len(count)), hidden.device))
+        weights.append(count[prefix:])
+        start += len(row) - prefix
+    whole = Said(*(torch.cat(parts) for parts in zip(*said, strict=True)))
+    return HeadDivergence.apply(hidden[torch.cat(places)], fast.head.weight.detach(), whole, torch.cat(weights))
+
+
+def _said_by(fast: Decoder, rows: Sequence[Encoded]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Logits of every row, some of its positions at a time."""
+    hidden = fast.hidden([row.input_ids for row in rows])
+    for row, of_row in zip(rows, hidden.split([len(row.input_ids) for row in rows]), strict=True):
+        for some in of_row.split(_LOGIT_ROWS):
+            yield row.input_ids, some @ fast.head.weight.t()
+
+
+def _keep(model: Any) -> Keep:
+    return "input" if getattr(model, "is_gradient_checkpointing", False) else "all"

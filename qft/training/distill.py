@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qft.kernels.loss import Said, log_rest, top_divergence
 from qft.measure.agreement import TOP
 
 
@@ -25,49 +26,35 @@ class Teacher:
     rest: Tensor
     starts: dict[Hashable, int]
 
-    def said(self, row: Hashable, positions: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, int64, log_p and rest, float32, at a row's first positions."""
-        span = slice(self.starts[row], self.starts[row] + positions)
+    def said(self, row: Hashable, positions: slice, device: Any) -> Said:
+        """At some of a row's positions."""
+        start = self.starts[row]
+        span = slice(start + positions.start, start + positions.stop)
         ids, log_p, rest = (t[span].to(device) for t in (self.ids, self.log_p, self.rest))
-        return ids.long(), log_p.float(), rest.float()
+        return Said(ids.long(), log_p.float(), rest.float())
 
 
 def teach(said: Iterable[tuple[Hashable, Tensor]]) -> Teacher:
-    """Keep what a model said. said: pairs of what a row is known by and its logits (positions, vocabulary)."""
+    """Keep what a model said. said: pairs of what a row is known by and its logits (positions, vocabulary), or the next of them."""
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     starts: dict[Hashable, int] = {}
     position = 0
     for row, logits in said:
         log_p, ids = torch.log_softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1]), dim=-1)
         parts.append((ids.int().cpu(), log_p.half().cpu(), log_rest(log_p).half().cpu()))
-        starts[row] = position
+        starts.setdefault(row, position)
         position += len(logits)
     ids, log_p, rest = (torch.cat(column) for column in zip(*parts, strict=True))
     return Teacher(ids, log_p, rest, starts)
 
 
-def log_rest(log_p: Tensor) -> Tensor:
-    """Log of what is left of one; never less than -16, so that nothing is infinite."""
-    return torch.log1p(-log_p.exp().sum(-1).clamp(max=1 - 1e-7))
-
-
 class TopDivergence(torch.autograd.Function):
-    """KL(teacher ‖ student) over the teacher's likeliest tokens and one class for the rest."""
+    """`top_divergence` as autograd sees it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, log_p: Tensor, rest: Tensor) -> Tensor:
-        """logits: float (positions, vocabulary); ids: int64, log_p: float (positions, k); rest: float (positions,).
-
-        Returns nats (positions,). The gradient is formed here, in the memory of the softmax.
-        """
-        log_q = torch.log_softmax(logits, -1)
-        ours = log_q.gather(-1, ids)
-        ours_rest = log_rest(ours)
-        p, p_rest = log_p.exp(), rest.exp()
-        divergence = (p * (log_p - ours)).sum(-1) + p_rest * (rest - ours_rest)
-        # d/d log_q of each kept token: its own term, and that the rest is one minus their sum.
-        of_kept = p_rest[:, None] * (ours - ours_rest[:, None]).exp() - p
-        gradient = log_q.exp_().mul_(-of_kept.sum(-1, keepdim=True)).scatter_add_(-1, ids, of_kept)
+    def forward(ctx: Any, logits: Tensor, said: Said) -> Tensor:
+        """logits: float (positions, vocabulary). Returns nats (positions,)."""
+        divergence, gradient = top_divergence(logits, said)
         ctx.save_for_backward(gradient)
         return divergence
 
@@ -75,4 +62,11 @@ class TopDivergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         """Gradient of the logits alone."""
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None], None, None, None
+        return gradient * upstream[:, None], None
+
+
+def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
+    """int64 (positions,): a token of each position's distribution. logits: float (positions, vocabulary)."""
+    until = torch.softmax(logits.float(), -1).cumsum(-1)
+    below = torch.rand(len(logits), 1, generator=chance).to(until.device) * until[:, -1:]
+    return torch.searchsorted(until, below)[:, 0].clamp_(max=logits.shape[-1] - 1)

@@ -9,7 +9,7 @@ measured by rounding one kind of layer at a time: value 0.019 nats (estimated 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from qft.data.encode import EncodedRow
 from qft.progress import OnProgress, Progress, silent
-from qft.quant.fit import Fitted, decoder_linears, dense
+from qft.quant.fit import Fitted, dense
 from qft.quant.grids import Scheme
+from qft.quant.linear import ByWeight
 from qft.training.forward import Forward
 
 _ROWS = 16  # samples of ½ ⟨g, D⟩²; their mean is within about a third of the truth
@@ -38,13 +39,13 @@ def divergences(
     chance = torch.Generator().manual_seed(seed)
     totals, positions = dict.fromkeys(fitted, 0.0), 0
     model.eval()
-    with _moves_watched(model, fitted) as moves:
+    with _moves_watched(model, fitted) as shares:
         for number, row in enumerate(rows[:_ROWS]):
             on_progress(Progress("find what rounding hurts", number, min(_ROWS, len(rows)), "rows"))
             log_p, count = forward.drawn_log_p(model, row, chance)
-            log_p.backward()
-            for name, move in moves.items():
-                totals[name] += 0.5 * move**2
+            moves = torch.autograd.grad(log_p, list(shares.values()))
+            for name, move in zip(shares, moves, strict=True):
+                totals[name] += 0.5 * float(move) ** 2
             positions += count
     return {name: total / positions for name, total in totals.items()}
 
@@ -74,33 +75,43 @@ def choose_grids(
         left -= more
 
 
+class _Moved(ByWeight):
+    """A frozen linear layer, as if some of what rounding moves its weight by were on it: none, but its gradient tells what it would do.
+
+    moved: (rows, cols), rounded weight less weight.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, moved: Tensor) -> None:
+        super().__init__(linear.out_features, linear.in_features, linear.bias)
+        self.linear, self.moved, self.share = linear, moved, torch.nn.Parameter(torch.zeros(()))
+
+    @property
+    def learning(self) -> list[Tensor]:
+        """The share, 0."""
+        return [self.share]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """As it was."""
+        return self.linear.weight.detach().to(dtype)
+
+    def gradients(self, of_weight: Tensor) -> list[Tensor]:
+        """⟨gradient of the weight, what rounding moves⟩."""
+        return [of_weight.mul_(self.moved.to(of_weight.dtype)).sum(dtype=torch.float32)]
+
+
 @contextmanager
-def _moves_watched(model: Any, fitted: dict[str, Fitted]) -> Iterator[dict[str, float]]:
-    """While the block runs, every backward pass leaves ⟨gradient of the layer's weight, what rounding moved⟩ by layer name."""
-    moves: dict[str, float] = {}
-
-    def hook(name: str, moved: Tensor) -> Callable[[Any, Any, Tensor], None]:
-        def watch(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach()
-
-            def take(gradient: Tensor) -> None:
-                moves[name] = float(((gradient @ moved.to(gradient.dtype)).float() * x).sum())
-
-            if not output.requires_grad:
-                output.requires_grad_()  # the first layers of a frozen model: nothing before them asks for gradients
-            output.register_hook(take)
-
-        return watch
-
+def _moves_watched(model: Any, fitted: dict[str, Fitted]) -> Iterator[dict[str, Tensor]]:
+    """While the block runs, a layer's name → a parameter with the gradient ⟨gradient of the layer's weight, what rounding moved⟩."""
     model.requires_grad_(False)
-    linears = decoder_linears(model)
-    handles = []
-    for name, found in fitted.items():
-        weight = linears[name].weight
-        moved = (dense(found) - weight.float()).to(torch.bfloat16)
-        handles.append(linears[name].register_forward_hook(hook(name, moved)))
+    linears = {name: model.get_submodule(name) for name in fitted}
+    shares = {}
+    for name, linear in linears.items():
+        moved = (dense(fitted[name]) - linear.weight.float()).to(torch.bfloat16)
+        layer = _Moved(linear, moved)
+        model.set_submodule(name, layer)
+        shares[name] = layer.share
     try:
-        yield moves
+        yield shares
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, linear in linears.items():
+            model.set_submodule(name, linear)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qft.bundle.seq2seq import Reader
 from qft.data.sequences import Pair, Source
 from qft.progress import OnProgress, Progress, silent
-from qft.training.distill import Teacher, TopDivergence, teach
+from qft.training.distill import Teacher, TopDivergence, draw, teach
 from qft.training.forward import Validation
 
 _TOGETHER = 8  # clips of a forward pass without gradients: an encoder's state may be larger than all else
@@ -80,14 +80,13 @@ class Seq2SeqForward:
         """Sum of KL(teacher ‖ model) over targets, nats, float32."""
         total = torch.zeros((), device=model.device)
         for row, logits in zip(rows, self._logits(model, rows), strict=True):
-            total = total + TopDivergence.apply(logits, *teacher.said(row, row.targets, logits.device)).sum()
+            total = total + TopDivergence.apply(logits, teacher.said(row, slice(0, row.targets), logits.device)).sum()
         return total
 
     def drawn_log_p(self, model: Any, row: Pair, chance: torch.Generator) -> tuple[Tensor, int]:
         """Of a token drawn at each target."""
-        log_p = self._logits(model, [row])[0].log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance)
-        return log_p.gather(-1, drawn.to(log_p.device)).sum(), row.targets
+        logits = self._logits(model, [row])[0]
+        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum"), row.targets
 
     def _logits(self, model: Any, rows: Sequence[Pair]) -> list[Tensor]:
         """float32 (targets, vocabulary) of each row: what is said where a target follows."""
