@@ -101,9 +101,13 @@ def _damped(hessian: Tensor) -> Tensor:
 
 
 def _inverse_factor(damped: Tensor) -> Tensor:
-    """float32 (cols, cols): the upper Cholesky factor of the inverse, in float64 on the way."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    """float32 (cols, cols): the upper Cholesky factor U of the inverse, Uᵀ U, in float64 on the way.
+
+    With its rows and columns in reverse order the matrix is L Lᵀ; the inverse of L, put back into order, is U.
+    """
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False)
+    return inverse.flip(0, 1).float()
 
 
 def refit_scales(weight: Tensor, matrix: Quantized, hessian: Tensor) -> Tensor:
@@ -120,8 +124,9 @@ def refit_scales(weight: Tensor, matrix: Quantized, hessian: Tensor) -> Tensor:
     right = (values * (error @ damped)).view(rows, blocks, block).sum(-1)
     system = torch.empty(rows, blocks, blocks, device=weight.device)
     for k in range(blocks):
-        span = slice(k * block, (k + 1) * block)
-        system[:, k] = ((values[:, span] @ damped[span]) * values).view(rows, blocks, block).sum(-1)
+        start = k * block
+        met = values[:, start : start + block] @ damped[start : start + block, start:]
+        system[:, k, k:] = system[:, k:, k] = met.mul_(values[:, start:]).view(rows, blocks - k, block).sum(-1)
     diagonal = system.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-3 * diagonal.mean(-1, keepdim=True) + 1e-12)  # a block of zeros alone stays as it is
     return 1 + torch.linalg.solve(system, right[..., None])[..., 0].clamp(-0.5, 0.5)

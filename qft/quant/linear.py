@@ -114,7 +114,7 @@ class GridLinear(ByWeight):
         zeros = self.zero_points[..., None].float()
         moved = torch.addmm(self.latent.float(), self.b, self.a)
         steps = _in_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
-        return torch.clamp(steps, -zeros, self.scheme.top - zeros, out=steps)
+        return steps.add_(zeros).clamp_(0, self.scheme.top).sub_(zeros)
 
     @property
     @torch.no_grad()
