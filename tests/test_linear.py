@@ -17,7 +17,9 @@ def layer_on(scheme: Scheme, rows: int = 24, cols: int = 80, seed: int = 0) -> G
     chance = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, cols, generator=chance)
     matrix = quantize_nearest(weight, scheme)
-    layer = GridLinear(Fitted(matrix, weight.half(), torch.ones(matrix.scales.shape)), None, r=4, seed=seed, dtype=torch.float32)
+    layer = GridLinear(
+        Fitted(matrix, weight.half(), torch.ones(matrix.scales.shape)), None, r=4, seed=seed, dtype=torch.float32
+    )
     torch.nn.init.normal_(layer.b, std=0.05, generator=chance)
     torch.nn.init.normal_(layer.gain, mean=1.0, std=0.05, generator=chance)
     layer.round_again()

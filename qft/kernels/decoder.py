@@ -75,7 +75,7 @@ class NormPass(torch.autograd.Function):
 
 def decoder(model: Any) -> Decoder | None:
     """The model as kernels; None if it has something that they do not know, such as another architecture, dropout, DoRA, biases of
-    adapters, layers that learn whole.
+    adapters, or, where gradients are wanted, layers that learn whole.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     try:
@@ -96,7 +96,7 @@ def _decoder(model: Any, causal: Any) -> Decoder:
     _need(isinstance(body.embed_tokens, torch.nn.Embedding))
     layers = [_layer(part, config) for part in body.layers]
     learning = {id(p) for layer in layers for p in layer.parameters}
-    _need(all(id(p) in learning for p in model.parameters() if p.requires_grad))
+    _need(not torch.is_grad_enabled() or all(id(p) in learning for p in model.parameters() if p.requires_grad))
     turnings = [_turning(body, part) for part in body.layers]
     return Decoder(body.embed_tokens, layers, turnings, _norm(body.norm), head)
 
@@ -140,7 +140,6 @@ def _window(config: Any) -> int | None:
 
 def _norm(module: Any) -> Norm:
     """Gemma's norms hold what their gain has more than one."""
-    _need(not module.weight.requires_grad)
     gain = module.weight.detach().float()
     eps: float = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(gain + 1 if type(module).__name__.startswith("Gemma") else gain, eps)

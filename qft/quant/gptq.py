@@ -106,7 +106,9 @@ def _inverse_factor(damped: Tensor) -> Tensor:
     With its rows and columns in reverse order the matrix is L Lᵀ; the inverse of L, put back into order, is U.
     """
     lower = torch.linalg.cholesky(damped.flip(0, 1))
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False
+    )
     return inverse.flip(0, 1).float()
 
 
