@@ -16,10 +16,10 @@ from qft.data.encode import Encoded
 from qft.errors import Interrupted
 from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
+from qft.kernels.loss import Said
 from qft.measure.agreement import TOP
 from qft.quant.grids import Grids, Scheme, dequantize
 from qft.quant.linear import grid_layers
-from qft.kernels.loss import Said
 from qft.training.distill import TopDivergence
 from qft.training.fold import FoldPlan, Lesson, fit, learn
 from qft.training.runner import TorchRunner

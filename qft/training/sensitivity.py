@@ -100,7 +100,7 @@ class _Moved(ByWeight):
 
 
 @contextmanager
-def _moves_watched(model: Any, fitted: dict[str, Fitted]) -> Iterator[dict[str, Tensor]]:
+def _moves_watched(model: Any, fitted: dict[str, Fitted]) -> Iterator[dict[str, torch.nn.Parameter]]:
     """While the block runs, a layer's name → a parameter with the gradient ⟨gradient of the layer's weight, what rounding moved⟩."""
     model.requires_grad_(False)
     linears = {name: model.get_submodule(name) for name in fitted}
