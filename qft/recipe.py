@@ -258,6 +258,16 @@ class BenchKeys(Section):
     )
 
 
+class ReportKeys(Section):
+    """What the report looks at."""
+
+    slices: list[str] | None = Field(
+        None,
+        description="columns of the rows: the metric is also given for the rows of each of their values, beside those by length, "
+        "label and data.group_column",
+    )
+
+
 class Recipe(Section):
     """One job: a model, its rows, how it is tuned, what is shipped."""
 
@@ -284,3 +294,4 @@ class Recipe(Section):
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]
     bench: BenchKeys = Field(BenchKeys(), description="how speed is measured")  # type: ignore[call-arg]
+    report: ReportKeys = Field(ReportKeys(), description="what the report looks at")  # type: ignore[call-arg]

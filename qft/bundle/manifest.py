@@ -131,6 +131,11 @@ class Bundle:
         return LabelNames(tuple(self.manifest["labels"]), self.manifest["several_labels"])
 
     @property
+    def calibration(self) -> dict[str, float]:
+        """What divides a classifier's logits, and the least probability to be relied on."""
+        return self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
+
+    @property
     def known_labels(self) -> list[str]:
         """What a model that writes was tuned to answer with, if it was tuned on labels, one a row."""
         labels = [] if self.manifest["several_labels"] else self.manifest["labels"]
@@ -229,8 +234,7 @@ class Bundle:
 
     def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
         """Each text's label."""
-        calibration = self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
-        decisions = []
+        calibration, decisions = self.calibration, []
         for text in texts:
             ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
             logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]
