@@ -190,6 +190,15 @@ def print_marked(rows: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None
         out.print()
 
 
+def print_columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table under a title of any length, with a line of names."""
+    out.print(Text(title, style="dim"))
+    table = _table("", names)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """Two columns."""
     table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

@@ -179,3 +179,31 @@ def test_a_column_that_no_row_has_is_named_and_the_others_are_given(classified: 
     assert "label" in done.stderr
     found = as_json(typed(classified, "qft report recipe.yaml report.slices=[text] --json"))
     assert {one["by"] for one in found["slices"]} == {"length", "label"}  # every text is another: no slice of five rows
+
+
+def test_runs_are_compared_on_the_same_rows_and_not_on_others(classified: Path, typed: Type) -> None:
+    for line in (
+        "qft tune recipe.yaml name=longer training.epochs=9",
+        "qft tune recipe.yaml name=elsewhere data.seed=1",
+    ):
+        assert typed(classified, line).returncode == 0
+    found = as_json(typed(classified, "qft compare recipe longer --json --html page.html"))
+    assert found["runs"] == ["recipe", "longer"]
+    assert found["recipes"] == {"training.epochs": [6, 9]}
+    assert found["same_rows"]
+    base, tuned = (found["stages"][stage] for stage in ("base", "tuned"))
+    assert base[1]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert tuned[0]["difference"] is None
+    apart = tuned[1]["difference"]
+    assert apart["value"] == pytest.approx(tuned[1]["value"] - tuned[0]["value"])
+    assert apart["low"] <= apart["value"] <= apart["high"]
+    page = (classified / "page.html").read_text()
+    assert "training.epochs" in page
+    assert "paired bootstrap" in page
+    done = typed(classified, "qft compare recipe elsewhere")
+    assert "not measured on the same held-out rows" in done.stdout
+    assert "data.seed" in done.stdout
+    assert "*" not in done.stdout
+    done = typed(classified, "qft compare recipe")
+    assert done.returncode == 2
+    assert "which runs?" in done.stderr
