@@ -173,6 +173,13 @@ class TrainingKeys(Section):
     )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
+    trackers: list[
+        Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"]
+    ] = Field(
+        [],
+        description="what is told of every step, through accelerate: tensorboard writes into the run's folder, others where they "
+        "are set up to, which may be another machine; each needs its own package",
+    )
 
 
 class FoldKeys(Section):

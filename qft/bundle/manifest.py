@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.bundle.assets import read_generation
+from qft.bundle.card import model_card
 from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
@@ -28,9 +29,9 @@ from qft.data.sequences import MOST_TOKENS, Given, source_of, start_of
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
-from qft.files import inside, sha256_file, write_json
+from qft.files import inside, sha256_file, write_json, write_text
 
-NAME = "qft.json"
+NAME, CARD = "qft.json", "README.md"
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
@@ -49,10 +50,12 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def update(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Put facts into qft.json and take the files' hashes anew."""
+    """Put facts into qft.json, write the model card that they make, and take the files' hashes anew."""
     path = folder / NAME
     manifest = json.loads(path.read_text("utf-8")) if path.exists() else {}
     manifest |= facts
+    if "lineage" in manifest:
+        write_text(folder / CARD, model_card(manifest))
     manifest["files"] = file_hashes(folder)
     write_json(path, manifest)
     return manifest

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
 from qft.bundle.apps import APPS
+from qft.licences import asks
 from qft.measure.energy import EUROS_A_KWH, WATTS_A_CORE, euros, watt_hours
 from qft.measure.occlusion import Carried
 from qft.measure.speed import Speed, mb
@@ -64,6 +65,7 @@ def _rendered(name: str, **values: Any) -> str:
         "number": _number,
         "watt_hours": watt_hours,
         "euros": euros,
+        "asks": asks,
         "cut": _cut,
         "metric_name": metric_name,
     }

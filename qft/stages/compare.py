@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from qft.errors import InputError
 from qft.report.comparison import Compared
 from qft.stages.held_out import labels_of
-from qft.stages.job import Job
+from qft.stages.job import Job, dotted
 from qft.stages.report import summarize
 
 # Stage of the waterfall → whose answers were kept, the first that there are: what learnt nothing more is not measured again.
@@ -33,15 +31,6 @@ def compared(job: Job) -> Compared:
         step.name: next(filter(None, (job.answers(name.format(step.target)) for name in _ANSWERED[step.stage])), [])
         for step in summary.waterfall
     }
-    keys = {key: value for key, value in _dotted(job.recipe.model_dump()) if key != "name"}
+    keys = {key: value for key, value in dotted(job.recipe) if key != "name"}
     origins = {Path(source["uri"]).name: source["sha256"] for source in summary.sources[1:]}
     return Compared(summary, keys, labels_of(job), {name: found for name, found in kept.items() if found}, origins)
-
-
-def _dotted(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """`training.epochs`, not {training: {epochs}}; labels, sources and bins stay together."""
-    for key, value in section.items():
-        if isinstance(value, dict) and before + key not in ("data.train", "data.bins"):
-            yield from _dotted(value, f"{before}{key}.")
-        else:
-            yield before + key, value
