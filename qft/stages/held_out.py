@@ -49,29 +49,34 @@ def cuts(job: Job, rows: Sequence[Asked]) -> dict[str, list[str | None]]:
     lengths = [len(row.shipped.expected if spoken else text) for row, text in zip(rows, texts, strict=True)]
     expected: list[str | None] = [row.shipped.expected for row in rows]
     found: dict[str, list[str | None]] = {"length": [*by_length(lengths, "characters")]}
-    if job.facts(prepare.Facts).labels.names and len(set(expected)) <= _MOST_LABELS:
+    if set(expected) <= set(labels_of(job).names) and len(set(expected)) <= _MOST_LABELS:
         found["label"] = expected
     columns = [*(job.recipe.report.slices or ()), *filter(None, [job.recipe.data.group_column])]
-    if columns:
-        values = _columns(job, columns)
-        places = [_OF_A_CONVERSATION.sub("", row.shipped.where) for row in rows]
-        found |= {column: [values.get(where, {}).get(column) for where in places] for column in dict.fromkeys(columns)}
-    return found
+    places = [_OF_A_CONVERSATION.sub("", row.shipped.where) for row in rows]
+    try:
+        values = _columns(job, columns) if columns else {}
+    except InputError:
+        if job.recipe.report.slices:
+            raise
+        values = {}  # the rows have gone or changed since, and nothing of them was asked for
+    return found | {
+        column: [values.get(where, {}).get(column) for where in places] for column in dict.fromkeys(columns)
+    }
 
 
 def _columns(job: Job, columns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Where a row stands → its values of some columns, read from the sources again."""
-    found = {}
+    """Where a row stands → its values of some columns, read from the sources again. Raises InputError if they have changed."""
+    found, recorded = {}, {source.sha256 for source in job.facts(prepare.Facts).data}
     for uri in prepare.row_uris(job.recipe):
         source = fetch(
             uri, relative_to=job.relative_to, cache=job.cache, repo_type="dataset", on_progress=job.on_progress
         )
+        if source.sha256 not in recorded:
+            raise InputError(f"{uri} has changed since the run", where="report.slices", hint="run it again")
         for row in read_rows(source.path, **prepare.layout_of(job.recipe)):
             found[row.where] = {name: text_of(row.values[name]) for name in columns if row.values.get(name) is not None}
     if missing := [name for name in columns if not any(name in values for values in found.values())]:
         raise InputError(
-            f"no row has a column {missing[0]!r}",
-            where="report.slices",
-            hint=f"the rows have {', '.join(row.values)}",
+            f"no row has a column {missing[0]!r}", where="report.slices", hint=f"the rows have {', '.join(row.values)}"
         )
     return found

@@ -181,6 +181,24 @@ def test_a_column_that_no_row_has_is_named_and_the_others_are_given(classified: 
     assert {one["by"] for one in found["slices"]} == {"length", "label"}  # every text is another: no slice of five rows
 
 
+def test_quality_is_given_by_a_column_as_long_as_the_rows_are_those_of_the_run(classified: Path, typed: Type) -> None:
+    rows = [json.loads(line) for line in (classified / "reviews.jsonl").read_text().splitlines()]
+    marked = [row | {"shop": "north" if n % 3 else "south"} for n, row in enumerate(rows)]
+    text = "".join(json.dumps(row) + "\n" for row in marked)
+    (classified / "shops.jsonl").write_text(text)
+    line = "name=shops data.train=shops.jsonl report.slices=[shop] fold.steps=0"
+    assert typed(classified, f"qft quantize recipe.yaml {line}").returncode == 0
+    found = as_json(typed(classified, f"qft report recipe.yaml {line} --json"))
+    shops = {one["value"]: one["rows"] for one in found["slices"] if one["by"] == "shop"}
+    assert set(shops) <= {"north", "south"}
+    assert sum(shops.values()) == 24
+    (classified / "shops.jsonl").write_text(text + text)
+    done = typed(classified, f"qft report recipe.yaml {line}")
+    assert done.returncode == 2
+    assert "shops.jsonl has changed since the run" in done.stderr
+    (classified / "shops.jsonl").write_text(text)
+
+
 def test_runs_are_compared_on_the_same_rows_and_not_on_others(classified: Path, typed: Type) -> None:
     for line in (
         "qft tune recipe.yaml name=longer training.epochs=9",

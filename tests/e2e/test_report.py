@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.conftest import Type
 from tests.e2e.test_apps import npm_packages
 from tests.e2e.test_classifier import classified  # noqa: F401
 from tests.e2e.test_speech import spoken  # noqa: F401
@@ -34,13 +35,12 @@ def looked_at(page: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("job", ["finished", "classified", "spoken"])
-def test_axe_finds_nothing_and_nothing_is_asked_for(job: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    page = request.getfixturevalue(job) / "runs/recipe/report.html"
-    if not page.exists():
-        from tests.e2e.conftest import type_in
-
-        assert type_in(page.parents[2], "qft report").returncode == 0
-    found = looked_at(page, tmp_path)
+def test_axe_finds_nothing_and_nothing_is_asked_for(
+    job: str, request: pytest.FixtureRequest, tmp_path: Path, typed: Type
+) -> None:
+    folder = request.getfixturevalue(job)
+    assert typed(folder, "qft report recipe.yaml").returncode == 0
+    found = looked_at(folder / "runs/recipe/report.html", tmp_path)
     assert found["outside"] == []
     assert len(found["seen"]) == 9
     for one in found["seen"]:
