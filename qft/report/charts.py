@@ -78,7 +78,7 @@ def speed_chart(speeds: Mapping[str, Speed]) -> str:
     axes.set_xlim(0, max([*limits, *medians]) * 1.08)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
     shown = ", ".join(
         f"{name} {speed:.0f} of at most {most:.0f}" for name, speed, most in zip(names, medians, limits, strict=True)
     )

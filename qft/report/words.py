@@ -67,9 +67,17 @@ def _validation(s: Summary) -> list[tuple[int, float]]:
     return [(step, held_out) for step, _, held_out in s.training.curve if held_out is not None] if s.training else []
 
 
+def _perfect(s: Summary) -> bool:
+    """Whether nothing is left to be learnt that these test rows could show."""
+    quality = s.waterfall[-1].quality if s.waterfall else None
+    if quality is None or not in_percent(quality.metric):
+        return False
+    return quality.value > 99.5 if higher_is_better(quality.metric) else quality.value < 0.5
+
+
 def _epochs(s: Summary, knobs: Knobs) -> Iterator[Advice]:
     looks = _validation(s)
-    if len(looks) < 2:
+    if len(looks) < 2 or _perfect(s):
         return
     (_, before), (last_step, last) = looks[-2:]
     best_step, best = min(looks, key=lambda look: look[1])
@@ -90,7 +98,7 @@ def _epochs(s: Summary, knobs: Knobs) -> Iterator[Advice]:
 
 def _learnt_by_heart(s: Summary, knobs: Knobs) -> Iterator[Advice]:
     looks = _validation(s)
-    if not looks or s.training is None:
+    if not looks or s.training is None or _perfect(s):
         return
     losses = [loss for _, loss, _ in s.training.curve][-max(1, len(s.training.curve) // 10) :]
     mean = sum(losses) / len(losses)
@@ -175,7 +183,7 @@ def _few_test_rows(s: Summary, knobs: Knobs) -> Iterator[Advice]:
         return
     quality = s.waterfall[-1].quality
     share = min(max(quality.value / 100, 0.0), 1.0)
-    margin = 100 * 1.96 * (share * (1 - share) / quality.rows) ** 0.5
+    margin = 100 * _wilson(share, quality.rows)
     if margin > 3:
         yield Advice(
             "Test on more rows",
@@ -183,6 +191,12 @@ def _few_test_rows(s: Summary, knobs: Knobs) -> Iterator[Advice]:
             f"on {quality.rows:,} rows a share of {percent(quality.value)} is known to within {margin:.0f} points "
             "(95 %): smaller differences between runs are chance",
         )
+
+
+def _wilson(share: float, rows: int) -> float:
+    """Half the width of the 95 % interval of a share (Wilson 1927): not nothing even where all is right."""
+    z = 1.96
+    return z * (share * (1 - share) / rows + z * z / (4 * rows * rows)) ** 0.5 / (1 + z * z / rows)
 
 
 def _unended(s: Summary, knobs: Knobs) -> Iterator[Advice]:
