@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import (
@@ -40,10 +41,13 @@ def print_json(value: Any) -> None:
 
 
 class Screen:
-    """Bars while a stage works, one line when it is done. Without a terminal: only the lines."""
+    """Bars while a stage works, one line when it is done.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
+    In a pipe, a log or a notebook there are no bars but a line every half minute, without colours.
+    """
+
+    def __init__(self, *, quiet: bool, line_seconds: float = 30) -> None:
+        self.quiet, self.line_seconds = quiet, line_seconds
         self.bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}", style="bold"),
@@ -53,14 +57,16 @@ class Screen:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[memory]}"),
             TextColumn("{task.fields[note]}"),
             console=err,
             transient=True,
             disable=quiet or not err.is_terminal,
         )
         self.task: Any = None
-        self.began = 0.0
+        self.began = self.said = 0.0
         self.what = ""
+        self.process = psutil.Process()
 
     @contextmanager
     def shown(self) -> Iterator[Screen]:
@@ -72,11 +78,17 @@ class Screen:
         """Move the bar; a new `what` starts a new one."""
         if self.task is None or report.what != self.what:
             self._clear()
-            self.task = self.bars.add_task(report.what, total=report.total, note="", rate="")
+            self.task = self.bars.add_task(report.what, total=report.total, note="", rate="", memory="")
             self.what, self.began = report.what, time.monotonic()
-        seconds = time.monotonic() - self.began
+            self.said = self.began
+        seconds, memory = time.monotonic() - self.began, mb(self.process.memory_info().rss)
         rate = f"{report.done / seconds:.1f} {report.unit}/s" if report.unit and report.done and seconds > 0 else ""
-        self.bars.update(self.task, completed=report.done, total=report.total, note=report.note, rate=rate)
+        self.bars.update(
+            self.task, completed=report.done, total=report.total, note=report.note, rate=rate, memory=memory
+        )
+        if not self.quiet and self.bars.disable and time.monotonic() - self.said >= self.line_seconds:
+            self.said = time.monotonic()
+            err.print(_progress_line(report, seconds, memory), markup=False, soft_wrap=True)
 
     def on_stage(self, event: StageEvent) -> None:
         """One line a stage."""
@@ -96,6 +108,16 @@ class Screen:
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
+
+
+def _progress_line(report: Progress, seconds: float, memory: str) -> str:
+    """`train: 40 of 120 steps, loss 0.412  310 tokens/s, 1.91 GB, 2:10 min left`."""
+    done = f"{report.done:,.0f}" + (f" of {report.total:,.0f}" if report.total else "") + f" {report.unit}"
+    left = ""
+    if report.total and report.done:
+        minutes, rest = divmod(round(seconds * (report.total - report.done) / report.done), 60)
+        left = f"{minutes}:{rest:02} min left"
+    return f"   {report.what}: " + ", ".join(filter(None, [done.rstrip(), report.note, memory, left]))
 
 
 def headline(event: StageEvent) -> str:
@@ -188,6 +210,15 @@ def print_marked(rows: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None
             Text.assemble(*((text, "bold black on green" if flag else "") for text, flag in runs)), soft_wrap=True
         )
         out.print()
+
+
+def print_columns(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table under a title of any length, with a line of names."""
+    out.print(Text(title, style="dim"))
+    table = _table("", names)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -173,6 +173,13 @@ class TrainingKeys(Section):
     )
     checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
     seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
+    trackers: list[
+        Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"]
+    ] = Field(
+        [],
+        description="what is told of every step, through accelerate: tensorboard writes into the run's folder, others where they "
+        "are set up to, which may be another machine; each needs its own package",
+    )
 
 
 class FoldKeys(Section):
@@ -258,6 +265,16 @@ class BenchKeys(Section):
     )
 
 
+class ReportKeys(Section):
+    """What the report looks at."""
+
+    slices: list[str] | None = Field(
+        None,
+        description="columns of the rows: the metric is also given for the rows of each of their values, beside those by length, "
+        "label and data.group_column",
+    )
+
+
 class Recipe(Section):
     """One job: a model, its rows, how it is tuned, what is shipped."""
 
@@ -284,3 +301,4 @@ class Recipe(Section):
     export: ExportKeys = Field(ExportKeys(), description="what is shipped")  # type: ignore[call-arg]
     verify: VerifyKeys = Field(VerifyKeys(), description="parity limits")  # type: ignore[call-arg]
     bench: BenchKeys = Field(BenchKeys(), description="how speed is measured")  # type: ignore[call-arg]
+    report: ReportKeys = Field(ReportKeys(), description="what the report looks at")  # type: ignore[call-arg]

@@ -65,6 +65,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        """What trackers write that keep files, as TensorBoard."""
+        return self.root / "trackers"
+
+    @property
     def merged(self) -> Path:
         """The tuned model as a plain Hugging Face folder."""
         return self.root / "merged"

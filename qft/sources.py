@@ -91,7 +91,7 @@ def local_stamp(uri: str, relative_to: Path) -> str | None:
 
 def _local(path: Path) -> Source:
     if path.is_dir():
-        licence = next((p.name for p in sorted(path.glob("LICEN[CS]E*"))), None)
+        licence = _card_licence(path) or next((p.name for p in sorted(path.glob("LICEN[CS]E*"))), None)
         return Source(str(path), "folder", path, sha256_folder(path), licence, None)
     return Source(str(path), "file", path, sha256_file(path), None, None)
 

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "qft"
 
 # A module may import from its own level and those below. Levels as in DESIGN, lowest first.
 LEVELS = [
-    ["errors", "progress", "files", "libraries", "paths", "archives"],
+    ["errors", "progress", "files", "libraries", "licences", "paths", "archives"],
     [
         "recipe_yaml",
         "recipe_section",
@@ -175,7 +175,7 @@ VALUES = {
     "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3, "translation.source": "a",
     "translation.target": "a",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
-    "lora.modules_to_save": ["embed_tokens"],
+    "lora.modules_to_save": ["embed_tokens"], "training.trackers": ["tensorboard"], "report.slices": ["a"],
 }  # fmt: skip
 
 

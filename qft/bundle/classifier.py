@@ -30,15 +30,30 @@ class Labels:
             return [answer]
         return answer.split(self.between) if answer else []
 
+    def sets(self, answers: Sequence[str]) -> np.ndarray:
+        """int (answers, labels): 1 where an answer names a label."""
+        place = {name: number for number, name in enumerate(self.names)}
+        found = np.zeros((len(answers), len(self.names)), dtype=int)
+        for number, answer in enumerate(answers):
+            for name in self.named_in(answer):
+                found[number, place[name]] = 1
+        return found
+
     def decide(self, logits: np.ndarray, temperature: float = 1.0) -> tuple[str, float]:
-        """Answer and its probability for logits (labels,). With several labels that of the whole set, taken as independent."""
-        scaled = logits.astype(np.float64) / temperature
-        if not self.several:
-            best = int(scaled.argmax())
-            return self.names[best], float(1 / np.exp(scaled - scaled[best]).sum())
-        sure = np.abs(scaled)
-        chosen = [name for name, value in zip(self.names, scaled, strict=True) if value > 0]
-        return self.between.join(chosen), float(np.exp(-np.log1p(np.exp(-sure)).sum()))
+        """The likeliest answer for logits (labels,), and its probability."""
+        if self.several:
+            answer = self.between.join(name for name, value in zip(self.names, logits, strict=True) if value > 0)
+        else:
+            answer = self.names[int(logits.argmax())]
+        return answer, float(self.probability(answer, logits, temperature))
+
+    def probability(self, answer: str, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Of an answer, for logits (…, labels). With several labels that of the whole set, taken as independent."""
+        scaled, named = logits.astype(np.float64) / temperature, self.sets([answer])[0] > 0
+        if self.several:
+            return np.asarray(np.exp(-np.logaddexp(0, np.where(named, -scaled, scaled)).sum(-1)))
+        likely = np.exp(scaled - scaled.max(-1, keepdims=True))
+        return np.asarray(likely[..., named][..., 0] / likely.sum(-1))
 
     def named(self, row: Labelled) -> str:
         """The answer expected of a row."""

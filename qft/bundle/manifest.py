@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.bundle.assets import read_generation
+from qft.bundle.card import model_card
 from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
@@ -28,9 +29,9 @@ from qft.data.sequences import MOST_TOKENS, Given, source_of, start_of
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
-from qft.files import inside, sha256_file, write_json
+from qft.files import inside, sha256_file, write_json, write_text
 
-NAME = "qft.json"
+NAME, CARD = "qft.json", "README.md"
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
@@ -49,10 +50,12 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 def update(folder: Path, **facts: Any) -> dict[str, Any]:
-    """Put facts into qft.json and take the files' hashes anew."""
+    """Put facts into qft.json, write the model card that they make, and take the files' hashes anew."""
     path = folder / NAME
     manifest = json.loads(path.read_text("utf-8")) if path.exists() else {}
     manifest |= facts
+    if "lineage" in manifest:
+        write_text(folder / CARD, model_card(manifest))
     manifest["files"] = file_hashes(folder)
     write_json(path, manifest)
     return manifest
@@ -129,6 +132,11 @@ class Bundle:
     def labels(self) -> LabelNames:
         """What a classifier chooses from."""
         return LabelNames(tuple(self.manifest["labels"]), self.manifest["several_labels"])
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """What divides a classifier's logits, and the least probability to be relied on."""
+        return self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
 
     @property
     def known_labels(self) -> list[str]:
@@ -229,8 +237,7 @@ class Bundle:
 
     def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
         """Each text's label."""
-        calibration = self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
-        decisions = []
+        calibration, decisions = self.calibration, []
         for text in texts:
             ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
             logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]

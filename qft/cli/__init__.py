@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": ("stages", "Hold the bundle against the tuned model and the promised budget."),
     "bench": ("stages", "Measure load, first token, prefill and decode."),
     "report": ("stages", "Write report.html again."),
+    "compare": ("compare", "Hold runs against each other: recipes, quality with intervals, size, speed, time."),
     "eval": ("use", "Measure a bundle's quality on held-out rows, or on rows of your own."),
     "predict": ("use", "Ask a bundle, without torch."),
     "chat": ("use", "Talk with a bundle, without torch."),

@@ -12,7 +12,7 @@ import click
 
 from qft.errors import InputError
 from qft.paths import find_recipe, shipped_recipes
-from qft.progress import OnProgress
+from qft.progress import OnProgress, silent
 from qft.recipe_loader import LoadedRecipe, load_recipe
 from qft.runfolder import RunFolder, newest_run
 from qft.stages.job import Job
@@ -89,6 +89,15 @@ def find_run(name: str | None, runs: Path) -> RunFolder:
         if (folder / "run.json").exists():
             return RunFolder(folder)
     raise InputError(f"{name} is neither a recipe nor a run", hint=f"runs lie in {runs}")
+
+
+def made_job(run: RunFolder) -> Job:
+    """What made a run, to be looked at: the run folder is not held."""
+    from qft.sources import cache_folder
+
+    content = run.load()
+    loaded = load_recipe(run.recipe, [*content.get("overrides", []), f"name={run.name}"])
+    return Job(loaded.recipe, Path(content["recipe"]).parent, run, cache_folder(), silent)
 
 
 @dataclass(frozen=True)

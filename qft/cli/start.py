@@ -11,6 +11,7 @@ from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
 from qft.console import Screen, print_json, print_line, print_marked, print_table
 from qft.data.inspect import DataReport
+from qft.licences import warning
 
 _SHOWN_ROWS = 3
 _SHOWN_LABELS = 12
@@ -35,11 +36,13 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         task = job.task
         rows = [(row.where, task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
         todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
+    licences = [warning(source.uri, source.licence) for source in [facts.model, *facts.data]]
+    warnings = [*facts.report.warnings(), *dict.fromkeys(filter(None, licences))]
     if as_json:
         print_json(
             {
                 "data": asdict(facts.report),
-                "warnings": facts.report.warnings(),
+                "warnings": warnings,
                 "sources": [asdict(s) for s in [facts.model, *facts.data]],
                 "stages": todo,
                 "rows": [
@@ -83,8 +86,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             ),
         ],
     )
-    for warning in facts.report.warnings():
-        print_line(f"\nwarning: {warning}")
+    for text in warnings:
+        print_line(f"\nwarning: {text}")
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")

@@ -15,7 +15,7 @@ from qft.bundle.chat import Conversation
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
 from qft.bundle.sampling import SAMPLING_NAMES, Sampling
-from qft.cli.options import find_run, on_runs, shared
+from qft.cli.options import find_run, made_job, on_runs, shared
 from qft.console import Screen, print_json, print_line, print_piece, print_served, print_table, typed_lines
 from qft.data.examples import to_examples
 from qft.data.labelled import LabelSet
@@ -24,10 +24,8 @@ from qft.errors import InputError, StageError
 from qft.measure.quality import Measuring
 from qft.measure.speed import mb
 from qft.progress import silent
-from qft.recipe_loader import load_recipe
 from qft.report.summary import WaterfallStep, metric_name, value_text
 from qft.runfolder import RunFolder
-from qft.sources import cache_folder
 from qft.stages.baseline import base_runner
 from qft.stages.job import Job, make_task
 from qft.stages.prepare import audio_folders, layout_of, shape_of
@@ -73,8 +71,7 @@ def open_bundle(name: str | None, runs: Path) -> Bundle:
     if name is not None and (Path(name) / "qft.json").exists():
         return Bundle.load(Path(name))
     run = find_run(name, runs)
-    recipe = load_recipe(run.recipe, [*run.load().get("overrides", []), f"name={run.name}"]).recipe
-    folder = run.bundle(recipe.export.targets[0])
+    folder = run.bundle(made_job(run).recipe.export.targets[0])
     if not folder.exists():
         raise InputError(f"{run.root} has no bundle yet", hint=f"make it with `qft export --onnx {run.root}`")
     return Bundle.load(folder)
@@ -247,11 +244,9 @@ def _made_by(bundle: Bundle) -> tuple[Job, Task]:
             f"{bundle.folder} does not lie in a run folder, so its recipe is not known",
             hint="copy its run's run.json and recipe.yaml with it, or name the run with --bundle",
         )
-    content = RunFolder(run).load()
-    recipe = load_recipe(run / "recipe.yaml", [*content.get("overrides", []), f"name={run.name}"]).recipe
     labels = LabelSet(tuple(bundle.manifest["labels"]), (), bundle.manifest["several_labels"], 0)
-    job = Job(recipe, Path(content["recipe"]).parent, RunFolder(run), cache_folder(), silent)
-    return job, make_task(recipe, labels)
+    job = made_job(RunFolder(run))
+    return job, make_task(job.recipe, labels)
 
 
 def _held_out(bundle: Bundle, rows: Path | None, job: Job, task: Task) -> list[Any]:

@@ -63,14 +63,13 @@ def measure_answers(
 ) -> tuple[Quality, list[RowAnswer]]:
     """Measure every question, by f1 or exact_match. rows: the windows of one question after the other."""
     logits = all_logits(runner, rows, how)
-    answers, scores = [], []
+    answers = []
     for numbers in by_question(rows):
         windows, values = [rows[n] for n in numbers], [logits[n] for n in numbers]
-        found, right = find(windows, values, reading), windows[0].answers
+        found = find(windows, values, reading)
         nats = float(np.mean([window_nats(*pair) for pair in zip(windows, values, strict=True)]))
-        answers.append(_answer(windows[0], found, exact_match(found.text, right), nats))
-        scores.append(f1(found.text, right))
-    exact, score = 100 * float(np.mean([a.right for a in answers])), 100 * float(np.mean(scores))
+        answers.append(_answer(windows[0], found, nats))
+    exact, score = 100 * float(np.mean([a.right for a in answers])), 100 * float(np.mean([a.f1 for a in answers]))
     return Quality(
         "f1" if how.metric == "auto" else how.metric,
         exact if how.metric == "exact_match" else score,
@@ -82,9 +81,10 @@ def measure_answers(
     ), answers
 
 
-def _answer(window: Window, found: Found, right: bool, nats: float) -> RowAnswer:
-    expected = " | ".join(dict.fromkeys(window.answers))
-    return RowAnswer(window.where, expected, found.text, right, True, nats, found.probability)
+def _answer(window: Window, found: Found, nats: float) -> RowAnswer:
+    expected, right = " | ".join(dict.fromkeys(window.answers)), exact_match(found.text, window.answers)
+    shared = f1(found.text, window.answers)
+    return RowAnswer(window.where, expected, found.text, right, True, nats, found.probability, f1=shared)
 
 
 def all_logits(runner: Reader, rows: Sequence[Window], how: Measuring) -> list[np.ndarray]:

@@ -99,7 +99,7 @@ def per_label(answers: Sequence[RowAnswer], labels: Labels) -> list[LabelScore]:
     """Every label that some row has or some answer names, in the labels' order."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    truth, said = _sets([a.expected for a in answers], labels), _sets([a.answer for a in answers], labels)
+    truth, said = labels.sets([a.expected for a in answers]), labels.sets([a.answer for a in answers])
     shown = (truth | said).any(0)
     found = precision_recall_fscore_support(truth, said, average=None, zero_division=0)
     return [
@@ -187,13 +187,3 @@ def _nats(logits: np.ndarray, row: Labelled, *, several: bool) -> float:
     signs = np.full(len(values), -1.0)
     signs[list(row.labels)] = 1.0
     return float(np.logaddexp(0, -signs * values).sum())
-
-
-def _sets(texts: Sequence[str], labels: Labels) -> np.ndarray:
-    """int (rows, labels): 1 where an answer names a label."""
-    place = {name: number for number, name in enumerate(labels.names)}
-    found = np.zeros((len(texts), len(labels.names)), dtype=int)
-    for number, text in enumerate(texts):
-        for name in labels.named_in(text):
-            found[number, place[name]] = 1
-    return found

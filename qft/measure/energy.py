@@ -12,6 +12,7 @@ from typing import Literal
 import psutil
 
 WATTS_A_CORE = 12.0  # assumed of a busy core, its share of memory and cooling included; an idle one counts nothing
+EUROS_A_KWH = 0.29  # households in the European Union, first half of 2025: 0.2872 (Eurostat, nrg_pc_204)
 _COUNTERS = Path("/sys/class/powercap")
 _LOOK_SECONDS = 30.0  # a counter begins anew after 262 kJ, which 1 kW takes four minutes to draw
 
@@ -29,6 +30,12 @@ class Energy:
 def watt_hours(energy: Energy) -> str:
     """`3.2 Wh`, or `about 3.2 Wh` of an estimate."""
     return f"{'about ' if energy.how == 'estimated' else ''}{energy.joules / 3600:.1f} Wh"
+
+
+def euros(energy: Energy) -> str:
+    """What it costs at `EUROS_A_KWH`: `0.4 cents`, `€ 1.20`."""
+    found = energy.joules / 3.6e6 * EUROS_A_KWH
+    return f"€ {found:.2f}" if found >= 1 else f"{100 * found:.2g} cents"
 
 
 @dataclass

@@ -36,7 +36,8 @@ class RowAnswer:
     """One held-out row, or one answer of a conversation: what was expected, what was answered, its mean loss a target (nats).
 
     ended: by the model itself. probability: that it gives its answer, where it chooses among labels. asked: False if only
-    its loss was taken; answer, right and ended then mean nothing.
+    its loss was taken; answer, right and ended then mean nothing. f1: 0 to 1, of the words it shares with what was expected, where
+    answers are compared so.
     """
 
     where: str
@@ -48,6 +49,7 @@ class RowAnswer:
     probability: float | None = None
     targets: int = 1
     asked: bool = True
+    f1: float | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def bleu(said: Sequence[str], right: Sequence[str], language: str) -> Score:
     """Corpus BLEU against one reference a text. language: its code: zh and ja have words of their own, others 13a's."""
     from sacrebleu.metrics import BLEU
 
-    return _scored(BLEU(tokenize=_words_of(language)), said, right)
+    return _scored(BLEU(tokenize=words_of(language)), said, right)
 
 
 def chrf(said: Sequence[str], right: Sequence[str]) -> Score:
@@ -89,7 +89,7 @@ def measure_translations(
     return quality, answers
 
 
-def _words_of(language: str) -> str:
+def words_of(language: str) -> str:
     """sacrebleu's tokenizer. Japanese needs mecab for words; without it characters are counted, and the signature says so."""
     if language == "ja":
         return "ja-mecab" if find_spec("MeCab") and find_spec("ipadic") else "char"

@@ -175,7 +175,10 @@ def _answer(
     where = row.where if row.label is not None or len(row.answers) == 1 else f"{row.where} answer {turn.number + 1}"
     text, ended = said or ("", False)
     right = said is not None and (text == expected if row.label is not None else _is_right(text, expected))
-    return RowAnswer(where, expected, text, right, ended, float(nats.mean()), targets=len(nats), asked=said is not None)
+    shared = f1(text, [expected]) if said is not None and row.label is None else None
+    return RowAnswer(
+        where, expected, text, right, ended, float(nats.mean()), targets=len(nats), asked=said is not None, f1=shared
+    )
 
 
 def _is_right(said: str, expected: str) -> bool:
@@ -197,7 +200,7 @@ def _summary(
         "perplexity": float(np.exp(min(loss, 80.0))),
         "accuracy": _percent([a.right for a in written]) if labels else None,
         "exact_match": None if labels or not written else _percent([a.right for a in written]),
-        "f1": None if labels or not written else 100 * float(np.mean([f1(a.answer, [a.expected]) for a in written])),
+        "f1": None if labels or not written else 100 * float(np.mean([a.f1 for a in written])),
         "bleu": scores.bleu.value if scores else None,
         "chrf": scores.chrf.value if scores else None,
         "tool_call": calls.right_percent if calls else None,

@@ -1,4 +1,4 @@
-"""Pictures as SVG text, to stand inside the page: no file, no network, sharp at any size."""
+"""Pictures as SVG text, to stand inside the page: no file, no network, sharp at any size, in the page's light or dark colours."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from xml.sax.saxutils import quoteattr
 
 from qft.measure.quality import in_percent
 from qft.measure.speed import Speed
-from qft.report.summary import LabelResults, WaterfallStep, value_text
+from qft.report.summary import LabelResults, WaterfallStep, metric_name, value_text
 
-INK, MUTED, LINE = "#1f2933", "#7b8794", "#e4e7eb"
-_MOST_LABELS = 24  # in one picture
+INK, MUTED, LINE = "#1f2933", "#616e7c", "#e4e7eb"
 BASE, GOOD, SHIPPED, ACCENT = "#9aa5b1", "#2f7d6d", "#174a40", "#d1495b"
+_VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    LINE: "line",
+    BASE: "base",
+    GOOD: "good",
+    SHIPPED: "shipped",
+    ACCENT: "accent",
+}
+_MOST_LABELS = 24  # in one picture
 
 
 def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
@@ -29,7 +39,8 @@ def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
     axes.set_ylim(0, max(100.0, *values) * 1.12 if in_percent(metric) else max(values) * 1.18)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    return _svg(figure)
+    shown = ", ".join(f"{step.name} {value_text(metric, step.quality.value)}" for step in steps)
+    return _svg(figure, f"{metric_name(metric)} after each stage: {shown}")
 
 
 def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
@@ -50,7 +61,9 @@ def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend(frameon=False, fontsize=10, labelcolor=INK)
-    return _svg(figure)
+    told = f"loss of a training step from {losses[0]:.3f} to {losses[-1]:.3f} in {len(steps)} steps"
+    looks = ", ".join(f"{loss:.3f} at step {step}" for step, loss in held_out)
+    return _svg(figure, f"{told}; validation loss {looks}" if looks else told)
 
 
 def speed_chart(speeds: Mapping[str, Speed]) -> str:
@@ -65,12 +78,17 @@ def speed_chart(speeds: Mapping[str, Speed]) -> str:
     axes.set_xlim(0, max([*limits, *medians]) * 1.08)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
-    return _svg(figure)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+    shown = ", ".join(
+        f"{name} {speed:.0f} of at most {most:.0f}" for name, speed, most in zip(names, medians, limits, strict=True)
+    )
+    return _svg(figure, f"tokens a second beside the limit set by memory bandwidth: {shown}")
 
 
 def confusion_chart(found: LabelResults) -> str:
     """What was said (across) of rows that have a label (down): the labels that are confused most, each row's share."""
+    from matplotlib.patches import Rectangle
+
     often: dict[str, int] = {}
     for expected, said, rows in found.confused:
         often[expected] = often.get(expected, 0) + rows
@@ -87,21 +105,24 @@ def confusion_chart(found: LabelResults) -> str:
     # As wide as other pictures: the page stretches them all to one width, and the letters of a small one with it.
     figure, axes = _figure(max(6.4, 2.2 + 0.28 * len(chosen)), 1.6 + 0.26 * len(chosen))
     axes.set_aspect("equal", anchor="W")
-    axes.pcolormesh(shares, cmap="Greens", vmin=0, vmax=100, edgecolors="white", linewidth=0.8)
-    axes.invert_yaxis()
+    for row, values in enumerate(shares):
+        for column, share in enumerate(values):
+            axes.add_patch(
+                Rectangle((column + 0.04, row + 0.04), 0.92, 0.92, color=GOOD, alpha=0.05 + share / 180, linewidth=0)
+            )
+            if share >= 1:
+                axes.text(column + 0.5, row + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=7, color=INK)
+    axes.set_xlim(0, len(chosen))
+    axes.set_ylim(len(chosen), 0)
     middles = [number + 0.5 for number in range(len(chosen))]
     axes.set_xticks(middles, chosen, rotation=90, fontsize=8)
     axes.set_yticks(middles, chosen, fontsize=8)
-    for row, values in enumerate(shares):
-        for column, share in enumerate(values):
-            if share >= 1:
-                colour = "white" if share > 55 else INK
-                axes.text(column + 0.5, row + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xlabel("answered")
     axes.set_ylabel("expected")
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    return _svg(figure)
+    often_so = ", ".join(f"{expected} answered as {said} in {rows}" for expected, said, rows in found.confused[:5])
+    return _svg(figure, f"which labels are confused; most rows: {often_so}")
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -129,7 +150,8 @@ def _figure(width: float, height: float) -> Any:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any, told: str) -> str:
+    """told: the picture in words, for those who do not see it."""
     import matplotlib
 
     text = io.StringIO()
@@ -137,4 +159,7 @@ def _svg(figure: Any) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
+    for colour, name in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    attributes = f'role="img" aria-label={quoteattr(told)}'
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', lambda _: attributes, svg, count=1)

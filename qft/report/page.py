@@ -1,31 +1,31 @@
-"""report.html: one file that needs no network."""
+"""report.html, and what `qft compare` writes: each one file that needs no network."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
-from qft.measure.energy import WATTS_A_CORE, watt_hours
+from qft.bundle.apps import APPS
+from qft.licences import asks
+from qft.measure.energy import EUROS_A_KWH, WATTS_A_CORE, euros, watt_hours
+from qft.measure.occlusion import Carried
 from qft.measure.speed import Speed, mb
 from qft.report.charts import confusion_chart, curve_chart, speed_chart, waterfall_chart
+from qft.report.comparison import Comparison, about, tables
 from qft.report.summary import Summary, metric_name, percent, value_text
+from qft.report.words import Knobs, advice, sentence
+
+_LONGEST = 600  # characters of a row that are shown
 
 
-def render(summary: Summary) -> str:
-    """The page as text. Everything from rows and recipes is escaped; only our own pictures stand in it as markup."""
-    environment = Environment(
-        autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "mb": mb,
-        "percent": percent,
-        "number": _number,
-        "watt_hours": watt_hours,
-        "metric_name": metric_name,
-    }
-    environment.globals["value_text"] = value_text
-    template = environment.from_string(files("qft.report").joinpath("page.html.j2").read_text("utf-8"))
+def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
+    """The page as text. Everything from rows and recipes is escaped; only our own pictures stand in it as markup.
+
+    carried: which words carried a classifier's surest errors.
+    """
     decoders = {name: speed for name, speed in summary.speeds.items() if isinstance(speed, Speed)}
     charts = {
         "waterfall": waterfall_chart(summary.waterfall) if summary.waterfall else "",
@@ -34,7 +34,50 @@ def render(summary: Summary) -> str:
         "confusion": confusion_chart(summary.labels) if summary.labels and summary.labels.confused else "",
     }
     peak = max(summary.stage_memory_bytes.values(), default=0)
-    return template.render(s=summary, charts=charts, peak=peak, watts_a_core=WATTS_A_CORE)
+    return _rendered(
+        "page.html.j2",
+        s=summary,
+        charts=charts,
+        peak=peak,
+        sentence=sentence(summary),
+        advice=advice(summary, knobs),
+        carried=carried,
+        apps=[name for name, app in APPS.items() if name != "web" and (not app.tasks or summary.task in app.tasks)],
+        watts_a_core=WATTS_A_CORE,
+        euros_a_kwh=EUROS_A_KWH,
+    )
+
+
+def render_comparison(found: Comparison) -> str:
+    """The page of `qft compare --html`."""
+    return _rendered(
+        "compare.html.j2", runs=found.runs, same_rows=found.same_rows, about=about(found), tables=tables(found)
+    )
+
+
+def _rendered(name: str, **values: Any) -> str:
+    environment = Environment(
+        autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "mb": mb,
+        "percent": percent,
+        "number": _number,
+        "watt_hours": watt_hours,
+        "euros": euros,
+        "asks": asks,
+        "cut": _cut,
+        "metric_name": metric_name,
+    }
+    environment.globals["value_text"] = value_text
+    pages = files("qft.report")
+    style = pages.joinpath("page.css").read_text("utf-8")
+    return environment.from_string(pages.joinpath(name).read_text("utf-8")).render(style=style, **values)
+
+
+def _cut(text: str) -> str:
+    """A long text's beginning."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def _number(value: float) -> str:

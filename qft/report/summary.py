@@ -13,6 +13,7 @@ from qft.measure.energy import Energy
 from qft.measure.machine import Machine
 from qft.measure.parity import Parity
 from qft.measure.quality import Quality, RowAnswer, in_percent
+from qft.measure.slices import Slice
 from qft.measure.speed import AnySpeed, ClassifierSpeed, Speed
 
 _METRIC_NAMES = {
@@ -102,7 +103,10 @@ class TargetSize:
 
 @dataclass(frozen=True)
 class Asked:
-    """A held-out row that was answered: the shipped model's answer, what was asked, what was said before and after tuning."""
+    """A held-out row: the shipped model's answer, what was asked, what was said before tuning (if that was measured) and after.
+
+    Of the prompts, what all begin and end with, the template and the instruction, is left out.
+    """
 
     shipped: RowAnswer
     prompt: str
@@ -112,10 +116,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Examples:
-    """Held-out rows that the shipped model got right and wrong."""
+    """Held-out rows that the shipped model got right and wrong, and those whose expected answer it finds least likely."""
 
     right: list[Asked] = field(default_factory=list)
     wrong: list[Asked] = field(default_factory=list)
+    hardest: list[Asked] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Summary:
     """
 
     name: str
+    task: str
     recipe_text: str
     run_folder: str
     overrides: list[str]
@@ -161,6 +167,13 @@ class Summary:
     versions: Mapping[str, str]
     examples: Examples
     labels: LabelResults | None
+    slices: list[Slice]
+
+    @property
+    def slice_metric(self) -> str:
+        """What `slices` are of: the headline, but of macro F1, which a part of the labels has no use of, the share right."""
+        metric = self.waterfall[-1].quality.metric
+        return "accuracy" if metric == "macro_f1" else metric
 
     @property
     def survived_percent(self) -> float | None:
@@ -227,6 +240,7 @@ class Summary:
             "float_parity": asdict(self.float_parity) if self.float_parity else None,
             "data": asdict(self.data) if self.data else None,
             "majority_percent": self.majority_percent,
+            "slices": [asdict(one) for one in self.slices],
             "labels": asdict(self.labels) if self.labels else None,
             "problems": self.problems,
             "machine": asdict(self.machine) if self.machine else None,

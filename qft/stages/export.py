@@ -11,6 +11,7 @@ from qft.bundle.assets import copy_tokenizer
 from qft.bundle.feeding import Feeding
 from qft.bundle.manifest import Bundle, size_bytes, update
 from qft.bundle.session import open_session
+from qft.data.language import language_of
 from qft.data.tokenizer import TextTokenizer
 from qft.files import folder_aside, sha256_file
 from qft.measure.machine import versions
@@ -23,6 +24,7 @@ from qft.tasks.registry import find_task
 NEEDS = ("prepare", "merge")
 
 TARGET = "float"
+_LANGUAGE_ROWS = 200
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         inputs=inputs,
         outputs=[o.name for o in session.get_outputs()],
         licence=facts.model.licence,
+        language=_languages(job, tokenizer),
         lineage={
             "base_model": asdict(facts.model),
             "data": [asdict(s) for s in facts.data],
@@ -107,6 +110,14 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         },
     )
     update(folder, feeding=asdict(Feeding.of(Bundle.load(folder))))
+
+
+def _languages(job: Job, tokenizer: TextTokenizer) -> list[str]:
+    """Of what is asked and of what is answered, as far as they can be told; a label or a file's name is in none."""
+    rows, said = job.rows("eval")[:_LANGUAGE_ROWS], job.answers("tune")[:_LANGUAGE_ROWS]
+    texts = [] if job.recipe.task == "automatic-speech-recognition" else [job.task.asked(rows, tokenizer)]
+    texts += [] if job.facts(prepare.Facts).labels.names else [[answer.expected for answer in said]]
+    return list(dict.fromkeys(filter(None, map(language_of, texts))))
 
 
 def measure_bundle(job: Job, stage: str, folder: Path) -> Quality:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,8 +21,10 @@ from qft.measure.agreement import Comparison, Record
 from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 from qft.recipe import Recipe
+from qft.recipe_reference import key_fields
 from qft.runfolder import RunFolder
 from qft.tasks.registry import Task, find_task
+from qft.training.trackers import check_trackers
 
 Facts = TypeVar("Facts")
 
@@ -44,6 +47,13 @@ def task_keys(recipe: Recipe) -> dict[str, Any]:
     return getattr(recipe, section).model_dump() if section else {}
 
 
+def dotted(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """The recipe's keys as they are typed, `training.epochs`, each with its value."""
+    for key in key_fields():
+        *sections, name = key.split(".")
+        yield key, getattr(functools.reduce(getattr, sections, recipe), name)
+
+
 def check_keys(recipe: Recipe) -> None:
     """Raises InputError if keys that are right each by itself contradict each other."""
     if recipe.data.system is not None and not find_task(recipe.task).chats:
@@ -51,6 +61,7 @@ def check_keys(recipe: Recipe) -> None:
             f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
         )
     sound_changes(recipe)
+    check_trackers(recipe.training.trackers)
     if recipe.data.new_tokens and recipe.tuning.method == "head":
         raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
     if is_new(recipe.model):

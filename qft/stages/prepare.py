@@ -62,8 +62,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     data = recipe.data
     files = [
         recipe.model,
-        *(uri for uri, _ in _train_uris(recipe)),
-        *(uri for uris in _held_out_uris(recipe).values() for uri in uris),
+        *row_uris(recipe),
         *_audio_uris(recipe),
         *([data.augment.synonyms] if data.augment.synonyms else []),
     ]
@@ -93,7 +92,7 @@ def run(job: Job) -> Facts:
     check_keys(recipe)
     without_labels = make_task(recipe, LabelSet((), (), False, 0))  # a wrong name is said before anything is fetched
     model = _fetch(job, recipe.model, "model")
-    there = None if is_new(recipe.model) else _checkpoint(job, model)
+    there = None if is_new(recipe.model) else local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
     without_labels.check_base(there or model.path)
     sources = [(_fetch(job, uri, "dataset"), label) for uri, label in _train_uris(recipe)]
     examples, counts = _examples(job, sources)
@@ -137,10 +136,6 @@ def run(job: Job) -> Facts:
     )
 
 
-def _checkpoint(job: Job, model: Source) -> Path:
-    return local_checkpoint(model, cache=job.cache, on_progress=job.on_progress)
-
-
 def _new_checkpoint(job: Job, model: Source, train: Sequence[Example]) -> Path:
     """From nothing but the training rows: nothing of what is held out is known to it, not even its words."""
     texts = [text for e in train for text in ([e.text] if e.text is not None else [m.content for m in e.messages])]
@@ -162,6 +157,12 @@ def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
     if isinstance(given, dict):
         return [(uri, label) for label, uri in given.items()]
     return [(uri, None) for uri in ([given] if isinstance(given, str) else given)]
+
+
+def row_uris(recipe: Recipe) -> list[str]:
+    """All sources of rows."""
+    held_out = [uri for uris in _held_out_uris(recipe).values() for uri in uris]
+    return [*(uri for uri, _ in _train_uris(recipe)), *held_out]
 
 
 def _held_out_uris(recipe: Recipe) -> dict[str, list[str]]:

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from qft.bundle.classifier import Labels
-from qft.data.tokenizer import TextTokenizer
+from qft.bundle.manifest import Bundle
 from qft.files import write_text
 from qft.measure.classification import per_label
 from qft.measure.machine import Machine
+from qft.measure.occlusion import Carried, what_carried
+from qft.measure.scores import score_of
+from qft.measure.slices import Slice, slices
 from qft.recipe import Recipe
 from qft.report.summary import Asked, Examples, LabelResults, Summary, TargetSize, Training, WaterfallStep
+from qft.report.words import Knobs
 from qft.stages import baseline, bench, export, fold, merge, prepare, quantize, tune, verify
+from qft.stages.held_out import asked, cuts, labels_of
 from qft.stages.job import Job
 
 # A report on half a run is still a report: it stands on what there is.
 NEEDS: tuple[str, ...] = ()
 
 _SHOWN_EXAMPLES = 6
+_SHOWN_HARDEST = 10
 _Facts = TypeVar("_Facts")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Where the page lies."""
+    """Where the page lies, and the metric on parts of the held-out rows."""
 
     path: str
+    slices: list[Slice] = field(default_factory=list)
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
-    """Nothing: the page is made anew each time."""
-    return {}
+    """What the page looks at; it is made anew each time all the same."""
+    return {"report": recipe.report.model_dump()}
 
 
 def outputs(job: Job) -> list[Path]:
@@ -49,8 +55,20 @@ def run(job: Job) -> Facts:
     """Write report.html."""
     from qft.report.page import render
 
-    write_text(job.run.report, render(summarize(job)))
-    return Facts(str(job.run.report))
+    target, keys = job.recipe.export.targets[0], job.recipe
+    summary, shipped = summarize(job), _maybe(job, quantize.Facts) is not None
+    found = _slices(job, summary.slice_metric, asked(job, target)) if shipped else []
+    knobs = Knobs(
+        keys.training.epochs,
+        keys.fold.steps,
+        keys.quantization.grid,
+        keys.export.targets,
+        keys.classification.class_weights,
+        keys.training.max_length,
+    )
+    page = render(replace(summary, slices=found), knobs, _carried(job, target) if shipped else [])
+    write_text(job.run.report, page)
+    return Facts(str(job.run.report), found)
 
 
 def summarize(job: Job) -> Summary:
@@ -60,7 +78,7 @@ def summarize(job: Job) -> Summary:
     prepared, tuned, merged = _maybe(job, prepare.Facts), _maybe(job, tune.Facts), _maybe(job, merge.Facts)
     exported, shipped = _maybe(job, export.Facts), _maybe(job, quantize.Facts)
     folded = _maybe(job, fold.Facts)
-    verified, benched = _maybe(job, verify.Facts), _maybe(job, bench.Facts)
+    verified, benched, reported = _maybe(job, verify.Facts), _maybe(job, bench.Facts), _maybe(job, Facts)
     target = job.recipe.export.targets[0]
     sizes = {"float": TargetSize(exported.bundle_bytes, None)} if exported else {}
     sizes |= {
@@ -69,6 +87,7 @@ def summarize(job: Job) -> Summary:
     verify_record = stages.get("verify")
     return Summary(
         name=job.recipe.name,
+        task=job.recipe.task,
         recipe_text=job.run.recipe.read_text("utf-8"),
         run_folder=str(job.run.root),
         overrides=content.get("overrides", []),
@@ -93,8 +112,9 @@ def summarize(job: Job) -> Summary:
         problems=verify_record.problems if verify_record else [],
         machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
         versions=content.get("versions", {}),
-        examples=_examples(job, target) if shipped else Examples(),
+        examples=_examples(asked(job, target)) if shipped else Examples(),
         labels=_labels(job, target, shipped) if shipped else None,
+        slices=reported.slices if reported else [],
     )
 
 
@@ -135,27 +155,36 @@ def _training(job: Job, facts: tune.Facts) -> Training:
     )
 
 
-def _examples(job: Job, target: str) -> Examples:
-    shipped, before, tuned = (job.answers(stage) for stage in (f"quantize-{target}", "baseline", "tune"))
-    if not any(answer.asked for answer in shipped) or not (job.run.data / "eval.jsonl").exists():
-        return Examples()
-    asked = job.task.asked(job.rows("eval"), TextTokenizer.load(job.run.bundle(target)))
-    old = [answer.answer for answer in before] or [""] * len(shipped)  # the stage baseline may be left out
-    found = [one for one in zip(shipped, asked, old, tuned, strict=True) if one[0].asked]
-    # What all prompts share, the template and the instruction, is not worth reading twelve times.
-    prompts = [prompt for _, prompt, _, _ in found]
-    begin = len(os.path.commonprefix(prompts))
-    end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
-    rows = [Asked(said, text[begin : len(text) - end], first, new.answer) for said, text, first, new in found]
-    right, wrong = ([row for row in rows if row.shipped.right is flag] for flag in (True, False))
-    return Examples(right[:_SHOWN_EXAMPLES], wrong[:_SHOWN_EXAMPLES])
+def _examples(rows: Sequence[Asked]) -> Examples:
+    answered = [row for row in rows if row.shipped.asked]
+    right, wrong = ([row for row in answered if row.shipped.right is flag] for flag in (True, False))
+    hardest = sorted(rows, key=lambda row: -row.shipped.loss)
+    return Examples(right[:_SHOWN_EXAMPLES], wrong[:_SHOWN_EXAMPLES], hardest[:_SHOWN_HARDEST])
+
+
+def _slices(job: Job, metric: str, rows: Sequence[Asked]) -> list[Slice]:
+    answers = [row.shipped for row in rows]
+    score = score_of(metric, answers) if rows else None
+    return slices(metric, score, answers, cuts(job, rows)) if score else []
+
+
+def _carried(job: Job, target: str) -> list[Carried]:
+    """Which words carried a classifier's surest errors."""
+    bundle = Bundle.load(job.run.bundle(target))
+    if not bundle.classifies:
+        return []
+    runner, pairs = bundle.runner(), zip(job.rows("eval"), job.answers(f"quantize-{target}"), strict=True)
+    wrong = sorted((pair for pair in pairs if not pair[1].right), key=lambda pair: -(pair[1].probability or 0))
+    return [
+        what_carried(bundle, runner, row.text, answer=said.answer, expected=said.expected)
+        for row, said in wrong[:_SHOWN_EXAMPLES]
+    ]
 
 
 def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | None:
-    answers, prepared = job.answers(f"quantize-{target}"), job.facts(prepare.Facts)
+    answers, labels = job.answers(f"quantize-{target}"), labels_of(job)
     if not answers or target not in shipped.targets or shipped.targets[target].calibration is None:
         return None
-    labels = Labels(prepared.labels.names, prepared.labels.several)
     mistaken = Counter((a.expected, a.answer) for a in answers if not a.right)
     return LabelResults(
         per_label(answers, labels),

@@ -11,7 +11,7 @@ from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare
-from qft.stages.job import Job, sound_changes
+from qft.stages.job import Job, dotted, sound_changes
 from qft.tasks.registry import find_task
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def run(job: Job, fingerprint: str) -> Facts:
     from qft.training.loop import fine_tuning, train
     from qft.training.lora import trainable
     from qft.training.noise import add_noise
+    from qft.training.trackers import check_trackers, tracking
 
+    check_trackers(job.recipe.training.trackers)  # before anything is loaded
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
     new_tokens = [tokenizer.token_id(token) for token in recipe.data.new_tokens or ()]
@@ -80,17 +82,19 @@ def run(job: Job, fingerprint: str) -> Facts:
     add_noise(base, recipe.training.neftune_noise_alpha)
     changes = sound_changes(recipe)
     learning = hearing(forward, changes) if changes else forward
-    result = train(
-        model,
-        rows,
-        validation,
-        _schedule(recipe),
-        fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
-        folder=job.run.checkpoints / "tune",
-        metrics=job.run.metrics,
-        plan=fingerprint,
-        on_progress=job.on_progress,
-    )
+    with tracking(recipe.training.trackers, job.run.name, job.run.trackers, dict(dotted(recipe))) as trackers:
+        result = train(
+            model,
+            rows,
+            validation,
+            _schedule(recipe),
+            fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
+            folder=job.run.checkpoints / "tune",
+            metrics=job.run.metrics,
+            plan=fingerprint,
+            on_step=trackers.step,
+            on_progress=job.on_progress,
+        )
     with folder_aside(job.run.adapter) as aside:
         method.save(model, aside)
     quality = job.measure("tune", task.torch_runner(model.eval(), tokenizer), tokenizer)

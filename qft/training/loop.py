@@ -6,7 +6,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,13 @@ def train(
     folder: Path,
     metrics: Path,
     plan: str,
+    on_step: Callable[[Mapping[str, float]], None] = lambda _: None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
-    folder: where checkpoints go. metrics: a JSON line a step. plan: hash of everything else that decides the result.
-    Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
+    folder: where checkpoints go. metrics: a JSON line a step; on_step is given each, too. plan: hash of everything else
+    that decides the result. Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
     """
     run = _Run(model, rows, validation, schedule, objective, folder, plan)
@@ -149,6 +150,7 @@ def train(
                 at, figures = run.judged(at)
                 line |= figures
             log.add(line)
+            on_step(line)
             speed = f"loss {line['loss']:.3f}  {at.tokens / at.seconds:.0f} tokens/s"
             on_progress(Progress("train", at.step, len(run.steps), "steps", speed))
             if time.monotonic() - trimmed > _TRIM_SECONDS:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qft.bundle.manifest import Bundle
+from qft.measure.occlusion import what_carried
 from tests.e2e.conftest import Type, as_json, type_in
 
 RUN = "runs/recipe"
@@ -131,3 +132,96 @@ def test_what_a_classifier_cannot_do_is_said(classified: Path, typed: Type) -> N
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_the_report_shows_which_words_carried_an_error_as_the_shipped_bundle_says(classified: Path) -> None:
+    """The figures are those of asking the bundle about the text without each word."""
+    bundle = Bundle.load(classified / INT4)
+    runner, text = bundle.runner(), "dull and slow  at home"
+    (whole,) = bundle.classify([text], runner)
+    found = what_carried(bundle, runner, text, answer=whole.text, expected="?")
+    assert found.probability == pytest.approx(whole.probability)
+    assert "".join(word.text for word in found.words) == text
+    assert [word.text.strip() for word in found.words] == text.split()
+    for word, without in zip(
+        found.words, ("and slow  at home", "dull slow  at home", "dull and at home", "dull and slow  home", "dull and slow  at "),
+        strict=True,
+    ):  # fmt: skip
+        (left,) = bundle.classify([without], runner)
+        same = left.probability if left.text == whole.text else 1 - left.probability  # there are two labels
+        assert word.fall == pytest.approx(whole.probability - same, abs=1e-6)
+    short = what_carried(bundle, runner, text, answer=whole.text, expected="?", most_words=2)
+    assert [word.text for word in short.words] == ["dull ", "and ", "…"]
+
+
+def test_words_of_scripts_without_spaces_are_characters(classified: Path) -> None:
+    bundle = Bundle.load(classified / INT4)
+    found = what_carried(bundle, bundle.runner(), "很好 really", answer="positive", expected="negative")
+    assert [word.text for word in found.words] == ["很", "好 ", "really"]
+
+
+def test_the_report_holds_slices_hard_rows_and_advice(classified: Path, typed: Type) -> None:
+    found = as_json(typed(classified, f"qft report {RUN} --json"))
+    by_label = [one for one in found["slices"] if one["by"] == "label"]
+    assert sum(one["rows"] for one in by_label) == 24
+    right = sum(one["metric"] * one["rows"] for one in by_label) / 24
+    assert right == pytest.approx(found["waterfall"][-1]["accuracy_percent"])
+    page = (classified / RUN / "report.html").read_text()
+    for words in ("Which words carried", "Where it is better and worse", "Rows it finds hardest", "What to try next",
+                  "Test on more rows", "qft export --app web"):  # fmt: skip
+        assert words in page
+
+
+def test_a_column_that_no_row_has_is_named_and_the_others_are_given(classified: Path, typed: Type) -> None:
+    done = typed(classified, "qft report recipe.yaml report.slices=[stars]")
+    assert done.returncode == 2
+    assert "report.slices: no row has a column 'stars'" in done.stderr
+    assert "label" in done.stderr
+    found = as_json(typed(classified, "qft report recipe.yaml report.slices=[text] --json"))
+    assert {one["by"] for one in found["slices"]} == {"length", "label"}  # every text is another: no slice of five rows
+
+
+def test_quality_is_given_by_a_column_as_long_as_the_rows_are_those_of_the_run(classified: Path, typed: Type) -> None:
+    rows = [json.loads(line) for line in (classified / "reviews.jsonl").read_text().splitlines()]
+    marked = [row | {"shop": "north" if n % 3 else "south"} for n, row in enumerate(rows)]
+    text = "".join(json.dumps(row) + "\n" for row in marked)
+    (classified / "shops.jsonl").write_text(text)
+    line = "name=shops data.train=shops.jsonl report.slices=[shop] fold.steps=0"
+    assert typed(classified, f"qft quantize recipe.yaml {line}").returncode == 0
+    found = as_json(typed(classified, f"qft report recipe.yaml {line} --json"))
+    shops = {one["value"]: one["rows"] for one in found["slices"] if one["by"] == "shop"}
+    assert set(shops) <= {"north", "south"}
+    assert sum(shops.values()) == 24
+    (classified / "shops.jsonl").write_text(text + text)
+    done = typed(classified, f"qft report recipe.yaml {line}")
+    assert done.returncode == 2
+    assert "shops.jsonl has changed since the run" in done.stderr
+    (classified / "shops.jsonl").write_text(text)
+
+
+def test_runs_are_compared_on_the_same_rows_and_not_on_others(classified: Path, typed: Type) -> None:
+    for line in (
+        "qft tune recipe.yaml name=longer training.epochs=9",
+        "qft tune recipe.yaml name=elsewhere data.seed=1",
+    ):
+        assert typed(classified, line).returncode == 0
+    found = as_json(typed(classified, "qft compare recipe longer --json --html page.html"))
+    assert found["runs"] == ["recipe", "longer"]
+    assert found["recipes"] == {"training.epochs": [6, 9]}
+    assert found["same_rows"]
+    base, tuned = (found["stages"][stage] for stage in ("base", "tuned"))
+    assert base[1]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert tuned[0]["difference"] is None
+    apart = tuned[1]["difference"]
+    assert apart["value"] == pytest.approx(tuned[1]["value"] - tuned[0]["value"])
+    assert apart["low"] <= apart["value"] <= apart["high"]
+    page = (classified / "page.html").read_text()
+    assert "training.epochs" in page
+    assert "paired bootstrap" in page
+    done = typed(classified, "qft compare recipe elsewhere")
+    assert "not measured on the same held-out rows" in done.stdout
+    assert "data.seed" in done.stdout
+    assert "*" not in done.stdout
+    done = typed(classified, "qft compare recipe")
+    assert done.returncode == 2
+    assert "which runs?" in done.stderr

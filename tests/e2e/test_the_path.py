@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle
+from qft.files import sha256_file
 from tests.e2e.conftest import Type, as_json
 
 RUN = "runs/recipe"
@@ -23,7 +25,7 @@ def test_two_lines_make_a_bundle(finished: Path) -> None:
     names = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()}
     assert names == {
         "onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "config.json", "generation_config.json", "genai_config.json", "qft.json",
+        "config.json", "generation_config.json", "genai_config.json", "qft.json", "README.md",
     }  # fmt: skip
     manifest = json.loads((bundle / "qft.json").read_text())
     assert manifest["quality"]["rows"] == 24
@@ -202,6 +204,34 @@ def test_plan_marks_the_answer(finished: Path, typed: Type) -> None:
         marked = [run["text"] for run in row["runs"] if run["in_loss"]]
         assert marked in (["positive<|im_end|>"], ["negative<|im_end|>"])
     assert "in the loss" in typed(finished, "qft plan recipe.yaml").stdout
+
+
+def test_every_bundle_has_a_model_card_that_the_hub_reads(finished: Path, tiny_model: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    for target in ("float", "cpu-int4"):
+        folder = finished / RUN / "bundles" / target
+        manifest = json.loads((folder / "qft.json").read_text())
+        assert manifest["files"]["README.md"] == sha256_file(folder / "README.md")
+        card = ModelCard.load(folder / "README.md")
+        assert (card.data.license, card.data.pipeline_tag, card.data.language) == ("other", "text-generation", ["en"])
+        (result,) = card.data.eval_results
+        assert result.metric_type == manifest["quality"]["metric"]
+        assert result.metric_value == pytest.approx(manifest["quality"]["value"], abs=1e-3)
+        assert str(tiny_model.parent) not in card.content  # where it lay is nobody's business
+        assert f"`{tiny_model.name}`" in card.text
+
+
+def test_a_licence_that_forbids_is_said_before_a_run(tiny_model: Path, tmp_path: Path, typed: Type) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    rows = [{"text": f"{word} at home {n}", "label": word} for word in ("good", "bad") for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "job.yaml").write_text("model: model\ndata: {train: rows.jsonl, prompt: '{text}'}\n")
+    done = typed(tmp_path, "qft plan job.yaml")
+    assert "model is under CC BY-NC: forbids commercial use" in done.stdout
+    (warning,) = as_json(typed(tmp_path, "qft plan job.yaml --json"))["warnings"]
+    assert "CC BY-NC" in warning
 
 
 def test_the_report_needs_no_network_and_shows_every_stage(finished: Path, typed: Type) -> None:

@@ -1,0 +1,78 @@
+"""Training steps told to TensorBoard, MLflow, wandb and others, through accelerate's trackers: only those that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qft.errors import InputError
+
+# accelerate's name → the modules of which one must be there, and what pip calls it.
+PACKAGES = {
+    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "mlflow": (("mlflow",), "mlflow"),
+    "wandb": (("wandb",), "wandb"),
+    "trackio": (("trackio",), "trackio"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
+    "clearml": (("clearml",), "clearml"),
+    "aim": (("aim",), "aim"),
+    "dvclive": (("dvclive",), "dvclive"),
+    "swanlab": (("swanlab",), "swanlab"),
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises InputError with what to type, before anything is done, if a tracker's package is not installed."""
+    missing = [PACKAGES[name][1] for name in names if not any(map(find_spec, PACKAGES[name][0]))]
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            where="training.trackers",
+            hint=f"python -m pip install {' '.join(missing)}",
+        )
+
+
+class Trackers:
+    """What is told of every step. They start with the first one, when accelerate knows the device."""
+
+    def __init__(self, names: Sequence[str], run: str, folder: Path, keys: Mapping[str, Any]) -> None:
+        """run: its name. folder: where those write that keep files. keys: of the recipe, dotted."""
+        self._names, self._run, self._folder = names, run, folder
+        self._keys = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in keys.items()
+        }
+        self._started: list[Any] = []
+
+    def step(self, line: Mapping[str, float]) -> None:
+        """Tell a line of metrics.jsonl."""
+        if not self._started:
+            self._started = [self._start(name) for name in self._names]
+        for tracker in self._started:
+            tracker.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
+
+    def finish(self) -> None:
+        """Let them write what they hold."""
+        for tracker in self._started:
+            tracker.finish()
+
+    def _start(self, name: str) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        tracker = kind(self._run, self._folder) if kind.requires_logging_directory else kind(self._run)
+        tracker.start()
+        tracker.store_init_configuration(self._keys)
+        return tracker
+
+
+@contextmanager
+def tracking(names: Sequence[str], run: str, folder: Path, keys: Mapping[str, Any]) -> Iterator[Trackers]:
+    """Trackers for the block, finished however it ends. Arguments: see `Trackers`."""
+    trackers = Trackers(names, run, folder, keys)
+    try:
+        yield trackers
+    finally:
+        trackers.finish()
