@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from qft.bundle.assets import read_generation
 from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
-from qft.bundle.generate import Feed, Writing, tokens
+from qft.bundle.embedder import Embedding, Neighbours, OnnxEmbedder, embed_all, nearest
+from qft.bundle.generate import Answer, Feed, Writing, tokens
 from qft.bundle.lines import conversation_of, question_of
 from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.sampling import GREEDY, Sampler, Sampling
@@ -34,6 +34,7 @@ NAME = "qft.json"
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
+    "sentence-similarity": OnnxEmbedder,
     "automatic-speech-recognition": Seq2SeqRunner,
     "translation": Seq2SeqRunner,
 }
@@ -61,18 +62,6 @@ def update(folder: Path, **facts: Any) -> dict[str, Any]:
 def size_bytes(folder: Path) -> int:
     """Bytes of all files of a bundle."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer and whether the model ended it by itself."""
-
-    text: str
-    ended: bool
-    tokens: int
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Bundle:
@@ -148,7 +137,7 @@ class Bundle:
         return self.manifest["task"] == "automatic-speech-recognition"
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
-        """A session on the model: an OnnxClassifier, an OnnxReader, a Seq2SeqRunner, or an OnnxRunner that writes."""
+        """A session on the model: an OnnxClassifier, OnnxReader, OnnxEmbedder, Seq2SeqRunner, or an OnnxRunner that writes."""
         if self._kind is Seq2SeqRunner:
             encoder, decoder = self.models.values()
             network = OnnxNetwork(encoder, decoder, reader=self.reader, threads=threads, provider=provider)
@@ -156,6 +145,8 @@ class Bundle:
         options = {"pad_id": self.tokenizer.pad_id, "threads": threads, "provider": provider}
         if self._kind is OnnxReader:
             options["pair_mark"] = self.tokenizer.pair_mark
+        if self._kind is OnnxEmbedder:
+            options["temperature"] = self.manifest["keys"]["temperature"]
         return self._kind(self.models["model"], **options)
 
     def predict(
@@ -168,22 +159,25 @@ class Bundle:
         schema: Any = None,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
-    ) -> Sequence[Answer | Choice | Decision | Found]:
-        """What the model makes of each line: a label, an answer found in a context, or one of at most max_new_tokens.
+        among: Sequence[str] = (),
+    ) -> Sequence[Answer | Choice | Decision | Found | Embedding | Neighbours]:
+        """What the model makes of each line: a label, a vector, an answer found in a context, or one of at most max_new_tokens.
 
-        labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was.
-        Raises InputError for a line that is not of the form that the task asks for.
+        labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was. among: texts
+        of which the nearest are given instead of a vector. Raises InputError for a line of another form than the task's.
         """
         free = schema is None and sampling == GREEDY and not stop
         if (labels or not free) and not self.writes:
-            raise InputError(
-                f"a bundle for {self.manifest['task']} does not write",
-                where="--labels, --schema, --temperature, --stop",
-            )
+            where = "--labels, --schema, --temperature, --stop"
+            raise InputError(f"a bundle for {self.manifest['task']} does not write", where=where)
         if labels and not free:
             raise InputError(
                 "a label is not sampled and has no form", where="--labels", hint="leave it or the others out"
             )
+        if among and self._kind is not OnnxEmbedder:
+            raise InputError(f"a bundle for {self.manifest['task']} compares no texts", where="--among")
+        if self._kind is OnnxEmbedder:
+            return self.nearest(lines, among, runner) if among else self.embed(lines, runner)
         if self._kind is OnnxReader:
             return [self.find(*question_of(line), runner) for line in lines]
         if self.transcribes:
@@ -232,11 +226,21 @@ class Bundle:
         calibration = self.manifest.get("calibration") or {"temperature": 1.0, "threshold": 0.0}
         decisions = []
         for text in texts:
-            ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
-            logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]
+            logits = runner.logits([self.read_ids(text)], 1)[0, 0]
             label, probability = self.labels.decide(logits, calibration["temperature"])
             decisions.append(Decision(label, probability, probability >= calibration["threshold"]))
         return decisions
+
+    def embed(self, texts: Sequence[str], runner: OnnxEmbedder) -> list[Embedding]:
+        """Each text's vector; of a text longer than training.max_length its beginning's."""
+        ids = [self.read_ids(text) for text in texts]
+        vectors = embed_all(runner, ids).tolist()
+        return [Embedding(vector, len(read)) for vector, read in zip(vectors, ids, strict=True)]
+
+    def nearest(self, texts: Sequence[str], among: Sequence[str], runner: OnnxEmbedder) -> list[Neighbours]:
+        """The nearest of `among` to each text."""
+        wanted, offered = (embed_all(runner, [self.read_ids(text) for text in some]) for some in (texts, among))
+        return [nearest(vector, offered, among) for vector in wanted]
 
     def find(self, question: str, context: str, runner: OnnxReader) -> Found:
         """The answer to a question in a context of any length."""
@@ -250,6 +254,11 @@ class Bundle:
         """A user's text with the recipe's prompt around it."""
         parts = around_place(self.manifest.get("prompt") or "")
         return f"{parts[0]}{text}{parts[2]}" if parts else text
+
+    def read_ids(self, text: str) -> list[int]:
+        """What a model that does not write is fed for a user's text."""
+        ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
+        return shortened(ids, self.tokenizer, self.manifest["max_length"])
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model is fed for a user's text, in the recipe's prompt and the chat template, or for a conversation.

@@ -85,6 +85,7 @@ def open_bundle(name: str | None, runs: Path) -> Bundle:
 @click.option("--max-new-tokens", default=64, show_default=True, help="Longest answer.")
 @click.option("--labels", metavar="A,B,C", help="Choose one of these; default: of those it was tuned on, if it was.")
 @click.option("--schema", type=click.Path(path_type=Path), help="JSON Schema file that every answer is kept to.")
+@click.option("--among", type=click.Path(path_type=Path), help="Text file: the lines nearest to each text are given.")
 @_sampled
 @_on_bundle
 def predict_command(
@@ -92,6 +93,7 @@ def predict_command(
     max_new_tokens: int,
     labels: str | None,
     schema: Path | None,
+    among: Path | None,
     sampling: Sampling,
     stop: tuple[str, ...],
     bundle_name: str | None,
@@ -101,7 +103,8 @@ def predict_command(
     """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each.
 
     A line may be a conversation: {"messages": […], "tools": […]}, as JSON. A bundle that finds answers in a context is asked
-    with JSON lines: {"question": "…", "context": "…"}; one that writes down speech with the names of sound files.
+    with JSON lines: {"question": "…", "context": "…"}; one that writes down speech with the names of sound files; one for search
+    gives a text's vector or, with --among, what it finds.
     """
     if labels and schema:
         raise InputError("an answer is kept to labels or to a schema", where="--labels, --schema", hint="leave one out")
@@ -117,6 +120,7 @@ def predict_command(
         schema=_schema(schema) if schema else None,
         sampling=sampling,
         stop=stop,
+        among=[line for line in _read(among, "--among").splitlines() if line.strip()] if among else (),
     )
     if as_json:
         said = [asdict(answer) for answer in answers]
@@ -128,11 +132,18 @@ def predict_command(
 
 def _schema(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", where="--schema") from None
+        return json.loads(_read(path, "--schema"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", where="--schema") from None
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", where=option) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8", where=option) from None
 
 
 @click.command("chat")

@@ -50,6 +50,10 @@ def check_keys(recipe: Recipe) -> None:
         raise InputError(
             f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
         )
+    if recipe.data.prompt and recipe.task == "sentence-similarity":
+        raise InputError(
+            "texts become vectors as they are, without words around them", where="data.prompt", hint="leave it out"
+        )
     sound_changes(recipe)
     if recipe.data.new_tokens and recipe.tuning.method == "head":
         raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
