@@ -14,6 +14,7 @@ from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
 from qft.bundle.embedder import Embedding, Neighbours, OnnxEmbedder, embed_all, nearest
 from qft.bundle.generate import Answer, Feed, Writing, tokens
+from qft.bundle.hashes import NAME, changed_files, file_hashes
 from qft.bundle.lines import conversation_of, question_of
 from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.sampling import GREEDY, Sampler, Sampling
@@ -28,9 +29,8 @@ from qft.data.sequences import MOST_TOKENS, Given, source_of, start_of
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
-from qft.files import inside, sha256_file, write_json
+from qft.files import inside, write_json
 
-NAME = "qft.json"
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
@@ -38,15 +38,6 @@ _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "automatic-speech-recognition": Seq2SeqRunner,
     "translation": Seq2SeqRunner,
 }
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a bundle but qft.json, by its name inside the bundle."""
-    return {
-        p.relative_to(folder).as_posix(): sha256_file(p)
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != NAME and not p.name.startswith(".")
-    }
 
 
 def update(folder: Path, **facts: Any) -> dict[str, Any]:
@@ -115,6 +106,11 @@ class Bundle:
         return self._kind is OnnxRunner
 
     @property
+    def embeds(self) -> bool:
+        """Whether it turns texts into vectors."""
+        return self._kind is OnnxEmbedder
+
+    @property
     def labels(self) -> LabelNames:
         """What a classifier chooses from."""
         return LabelNames(tuple(self.manifest["labels"]), self.manifest["several_labels"])
@@ -145,7 +141,7 @@ class Bundle:
         options = {"pad_id": self.tokenizer.pad_id, "threads": threads, "provider": provider}
         if self._kind is OnnxReader:
             options["pair_mark"] = self.tokenizer.pair_mark
-        if self._kind is OnnxEmbedder:
+        if self.embeds:
             options["temperature"] = self.manifest["keys"]["temperature"]
         return self._kind(self.models["model"], **options)
 
@@ -174,9 +170,9 @@ class Bundle:
             raise InputError(
                 "a label is not sampled and has no form", where="--labels", hint="leave it or the others out"
             )
-        if among and self._kind is not OnnxEmbedder:
+        if among and not self.embeds:
             raise InputError(f"a bundle for {self.manifest['task']} compares no texts", where="--among")
-        if self._kind is OnnxEmbedder:
+        if self.embeds:
             return self.nearest(lines, among, runner) if among else self.embed(lines, runner)
         if self._kind is OnnxReader:
             return [self.find(*question_of(line), runner) for line in lines]
@@ -319,11 +315,4 @@ class Bundle:
 
     def problems(self) -> list[Problem]:
         """Files that are missing, changed or not listed; empty if the bundle is as it was made."""
-        expected, there = self.manifest.get("files", {}), file_hashes(self.folder)
-        found = [Problem("is missing", name) for name in expected if name not in there]
-        found += [
-            Problem("has changed since the bundle was made", name)
-            for name in expected
-            if name in there and there[name] != expected[name]
-        ]
-        return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]
+        return changed_files(self.folder, self.manifest.get("files", {}))

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qft.bundle.chat import Conversation
-from qft.bundle.golden import check_cases, from_manifest
+from qft.bundle.golden import LEAST_COSINE, Agreement, check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
 from qft.bundle.sampling import SAMPLING_NAMES, Sampling
 from qft.cli.options import find_run, on_runs, shared
@@ -276,6 +276,15 @@ def _held_out(bundle: Bundle, rows: Path | None, job: Job, task: Task) -> list[A
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 
 
+def _agreed(found: Agreement, bundle: Bundle) -> str:
+    if bundle.embeds:
+        return f"{found.agreement:.1%} of {found.positions} vectors lie within a cosine of {LEAST_COSINE} of theirs"
+    return (
+        f"same first choice at {found.agreement:.1%} of {found.positions} positions; "
+        f"{found.free_cases - found.free_differences} of {found.free_cases} texts equal"
+    )
+
+
 @click.command("check")
 @_on_bundle
 def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
@@ -294,11 +303,7 @@ def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
             str(bundle.folder),
             [
                 ("files", f"{len(bundle.manifest['files'])}, {mb(size_bytes(bundle.folder))}, all as they were made"),
-                (
-                    "golden cases",
-                    f"same first choice at {agreement.agreement:.1%} of {agreement.positions} positions; "
-                    f"{agreement.free_cases - agreement.free_differences} of {agreement.free_cases} texts equal",
-                ),
+                ("golden cases", _agreed(agreement, bundle)),
             ],
         )
     if not agreement.agrees:
