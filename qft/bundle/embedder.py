@@ -63,8 +63,14 @@ def embed_all(runner: OnnxEmbedder, texts: Sequence[Sequence[int]]) -> np.ndarra
     return np.concatenate([runner.embed([texts[i] for i in part]) for part in parts])[np.argsort(order)]
 
 
+def embeddings(runner: OnnxEmbedder, texts: Sequence[Sequence[int]]) -> list[Embedding]:
+    """The vectors of texts given as token ids."""
+    vectors = embed_all(runner, texts).tolist()
+    return [Embedding(vector, len(text)) for vector, text in zip(vectors, texts, strict=True)]
+
+
 class OnnxEmbedder:
-    """Runs a graph whose mean over a text's tokens and whose division by its length lie inside."""
+    """Runs a graph whose mean over a text's tokens and whose division by its length lie inside. size: of a vector."""
 
     def __init__(
         self, model: Path, *, pad_id: int, temperature: float, threads: int = 0, provider: str = "cpu"
@@ -72,6 +78,7 @@ class OnnxEmbedder:
         """temperature: see `neighbour_logits`. Raises InputError as `open_session` does."""
         self.session, self.threads = open_session(model, threads=threads, provider=provider)
         self.pad_id, self.temperature = pad_id, temperature
+        self.size = next(int(o.shape[-1]) for o in self.session.get_outputs() if o.name == OUTPUT)
         self._named = {i.name for i in self.session.get_inputs()}
 
     def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:

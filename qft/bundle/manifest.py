@@ -12,7 +12,7 @@ from qft.bundle.assets import read_generation
 from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
-from qft.bundle.embedder import Embedding, Neighbours, OnnxEmbedder, embed_all, nearest
+from qft.bundle.embedder import Embedding, Neighbours, OnnxEmbedder, embed_all, embeddings, nearest
 from qft.bundle.generate import Answer, Feed, Writing, tokens
 from qft.bundle.hashes import NAME, changed_files, file_hashes
 from qft.bundle.lines import conversation_of, question_of
@@ -229,9 +229,7 @@ class Bundle:
 
     def embed(self, texts: Sequence[str], runner: OnnxEmbedder) -> list[Embedding]:
         """Each text's vector; of a text longer than training.max_length its beginning's."""
-        ids = [self.read_ids(text) for text in texts]
-        vectors = embed_all(runner, ids).tolist()
-        return [Embedding(vector, len(read)) for vector, read in zip(vectors, ids, strict=True)]
+        return embeddings(runner, [self.read_ids(text) for text in texts])
 
     def nearest(self, texts: Sequence[str], among: Sequence[str], runner: OnnxEmbedder) -> list[Neighbours]:
         """The nearest of `among` to each text."""

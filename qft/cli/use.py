@@ -211,8 +211,8 @@ def serve_command(
 ) -> None:
     """Answer programs over HTTP as OpenAI does, with a BUNDLE (default: the newest run's first target). Ctrl-C ends.
 
-    Language models answer /v1/chat/completions and /v1/completions, recognisers /v1/audio/transcriptions; the others
-    /classify, /translate, /answer. The page at / tries them out.
+    Language models answer /v1/chat/completions and /v1/completions, recognisers /v1/audio/transcriptions, models
+    for search /v1/embeddings; the others /classify, /translate, /answer. The page at / tries them out.
     """
     from qft.serve.run import serve
 
