@@ -1,3 +1,20 @@
 """qft: from a laptop fine-tune to a verified model inside an app."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qft.api import Bundle, Result, run
+
 __version__ = "0.1.0"
+__all__ = ["Bundle", "Result", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """`qft.run`, `qft.Bundle` and `qft.Result`, loaded when they are asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'qft' has no attribute {name!r}")
+    import qft.api
+
+    return getattr(qft.api, name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +21,10 @@ from qft.files import sha256_json
 from qft.libraries import return_memory
 from qft.measure.energy import energy_meter
 from qft.measure.machine import machine, peak_memory, versions
-from qft.runfolder import StageRecord
+from qft.progress import OnProgress
+from qft.recipe_loader import LoadedRecipe
+from qft.runfolder import RunFolder, StageRecord
+from qft.sources import cache_folder
 from qft.stages.job import Job
 
 STAGES = ("prepare", "baseline", "tune", "merge", "fold", "export", "quantize", "verify", "bench", "report")
@@ -97,6 +102,14 @@ def run(job: Job, wanted: Iterable[str] = STAGES, *, on_stage: OnStage = lambda 
             failure = error
     if failure is not None:
         raise failure
+
+
+@contextmanager
+def working(loaded: LoadedRecipe, origin: Path, run: RunFolder, on_progress: OnProgress) -> Iterator[Job]:
+    """The job of a recipe, its run folder held and made the recipe's while the block runs. origin: the recipe's own file."""
+    with run.held():
+        run.claim(origin, loaded.text, loaded.overrides, about())
+        yield Job(loaded.recipe, origin.parent, run, cache_folder(), on_progress)
 
 
 _NOTHING = StageRecord("failed", "", "", 0.0, 0, {})

@@ -15,6 +15,7 @@ from qft.recipe_section import Count, Fraction, Positive, Section, Share
 from qft.recipe_tasks import (
     ClassificationKeys,
     QuestionAnsweringKeys,
+    SentenceSimilarityKeys,
     SpeechKeys,
     TextGenerationKeys,
     TranslationKeys,
@@ -199,12 +200,26 @@ class EvaluationKeys(Section):
     """How quality is measured, after every stage on the same rows."""
 
     metric: Literal[
-        "auto", "accuracy", "macro_f1", "perplexity", "f1", "exact_match", "tool_call", "wer", "cer", "bleu", "chrf"
+        "auto",
+        "accuracy",
+        "macro_f1",
+        "perplexity",
+        "f1",
+        "exact_match",
+        "tool_call",
+        "wer",
+        "cer",
+        "bleu",
+        "chrf",
+        "recall@1",
+        "recall@5",
+        "recall@10",
+        "mrr",
     ] = Field(
         "auto",
         description="headline metric: accuracy where rows have labels, macro_f1 where they may have several, f1 of answers "
-        "found in a context, wer of speech, bleu of translations, otherwise perplexity; tool_call: right function and "
-        "arguments, of the answers that should be calls",
+        "found in a context, wer of speech, bleu of translations, recall@1 of what is looked for, otherwise perplexity; "
+        "tool_call: right function and arguments, of the answers that should be calls",
     )
     batch_size: Count = Field(64, description="rows of one forward pass while measuring")
     extra_tokens: Annotated[int, Field(ge=1)] = Field(
@@ -295,6 +310,7 @@ class Recipe(Section):
     text_generation: TextGenerationKeys = Field(TextGenerationKeys(), description="conversations")  # type: ignore[call-arg]
     classification: ClassificationKeys = Field(ClassificationKeys(), description="labels")  # type: ignore[call-arg]
     question_answering: QuestionAnsweringKeys = Field(QuestionAnsweringKeys(), description="answers out of a context")  # type: ignore[call-arg]
+    sentence_similarity: SentenceSimilarityKeys = Field(SentenceSimilarityKeys(), description="vectors of texts")  # type: ignore[call-arg]
     speech: SpeechKeys = Field(SpeechKeys(), description="speech")  # type: ignore[call-arg]
     translation: TranslationKeys = Field(TranslationKeys(), description="translations")  # type: ignore[call-arg]
     evaluation: EvaluationKeys = Field(EvaluationKeys(), description="how quality is measured")  # type: ignore[call-arg]

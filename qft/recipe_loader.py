@@ -93,7 +93,11 @@ class LoadedRecipe:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read and check a recipe. Raises InputError holding every problem found, each with its place."""
-    text = _read(path)
+    return check_recipe(_read(path), path, overrides)
+
+
+def check_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Check a recipe's text. path: where it lies, or would. Raises InputError as `load_recipe` does."""
     document = read_yaml(text)
     if document.problems:
         raise InputError([Problem(p.what, f"{path}:{line}", p.hint) for line, p in document.problems])

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qft.recipe_section import Count, Section, Share
+from qft.recipe_section import Count, Positive, Section, Share
 
 
 class TextGenerationKeys(Section):
@@ -37,6 +37,16 @@ class SpeechKeys(Section):
         30,
         description="that the encoder reads at a time; clips that are all shorter than Whisper's 30 need not be filled up to "
         "them, which is as much faster, but the untuned model is less used to it",
+    )
+
+
+class SentenceSimilarityKeys(Section):
+    """What task sentence-similarity makes of pairs."""
+
+    temperature: Positive = Field(
+        0.05,
+        description="cosines are divided by it before they compete; the negatives of a pair are the other pairs of "
+        "training.batch_size",
     )
 
 

@@ -8,21 +8,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qft.bundle.feeding import Feeding
-from qft.bundle.manifest import NAME, Bundle, update
+from qft.bundle.hashes import NAME
+from qft.bundle.manifest import Bundle, update
 from qft.errors import InputError, StageError
 from qft.files import folder_aside, inside
 from qft.paths import shipped
 
 _ONE_GRAPH = ("text-generation", "text-classification")
+_ANSWERS = (*_ONE_GRAPH, "question-answering", "automatic-speech-recognition", "translation")
 
 
 @dataclass(frozen=True)
 class App:
-    """parts: folders of export/apps/ that it is made of. steps: what to type in it. tasks: what it does; none named: every one."""
+    """parts: folders of export/apps/ that it is made of. steps: what to type in it. tasks: what it does."""
 
     parts: Sequence[str]
     steps: Sequence[str]
-    tasks: Sequence[str] = ()
+    tasks: Sequence[str]
 
 
 APPS = {
@@ -31,8 +33,8 @@ APPS = {
         ["python -m pip install -r requirements.txt", "python answer.py --check"],
         (*_ONE_GRAPH, "translation"),
     ),
-    "node": App(["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"]),
-    "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"]),
+    "node": App(["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"], _ANSWERS),
+    "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"], _ANSWERS),
     "cpp": App(
         ["cpp"],
         ["cmake -B build -D ONNXRUNTIME=FOLDER", "cmake --build build", "build/answer bundle --check"],
@@ -48,9 +50,13 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
     Raises InputError if `out` is there already or the app does not do the bundle's task, StageError if the bundle is damaged.
     """
     app, task = APPS[name], bundle.manifest["task"]
-    if app.tasks and task not in app.tasks:
-        able = ", ".join(other for other, found in APPS.items() if not found.tasks or task in found.tasks)
-        raise InputError(f"the {name} app does not do {task}", where="--app", hint=f"these do: {able}")
+    if task not in app.tasks:
+        able = ", ".join(other for other, found in APPS.items() if task in found.tasks)
+        raise InputError(
+            f"the {name} app does not do {task}",
+            where="--app",
+            hint=f"these do: {able}" if able else "see docs/search.md for programs that do",
+        )
     if out.exists():
         raise InputError(f"{out} is there already", hint="name a folder that is not, or remove it")
     if problems := bundle.problems():

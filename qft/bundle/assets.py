@@ -80,6 +80,22 @@ def write_seq2seq_configs(merged: Path, bundle: Path, models: Mapping[str, str])
     write_json(bundle / "generation_config.json", read_generation(merged))
 
 
+def write_sentence_configs(bundle: Path, *, size: int, max_length: int) -> None:
+    """modules.json and what it names, for sentence-transformers: states of tokens, their mean, divided by its length.
+
+    size: of a vector. max_length: tokens of a text that are read.
+    """
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(bundle / "modules.json", modules)
+    write_json(bundle / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    pooling = {"word_embedding_dimension": size, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    write_json(bundle / "1_Pooling/config.json", pooling)
+
+
 def write_window(bundle: Path, seconds: int) -> None:
     """Into preprocessor_config.json: sound is filled up to this long, 16,000 samples and 100 features a second."""
     path = bundle / "preprocessor_config.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,18 @@ _BROKEN = "\ufffd"  # what bytes decode to that are not yet a whole character
 # Tokens: logits come for each of them, 1 MB for a vocabulary of 262,144. Gemma 270M's process held 1.4 GB reading 1,500
 # tokens so, and 2.9 GB by 512, which one run on a busy machine did not show to be faster.
 READ_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and whether the model ended it by itself."""
+
+    text: str
+    ended: bool
+    tokens: int
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Feed:

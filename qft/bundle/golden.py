@@ -16,6 +16,7 @@ from qft.files import inside
 TOP = 5
 CLEAR_MARGIN = 0.5  # where the first choice leads by more than this, every runtime must make it
 FREE_MARGIN = 1.0  # cases whose smallest margin is at least this must give equal text when run freely
+LEAST_COSINE = 0.99  # of a vector with the golden one
 LEAST_AGREEMENT = 0.98  # share of all positions with the same first choice: int8 kernels differ between machines
 
 
@@ -34,6 +35,7 @@ class GoldenCase:
     """prompt and answer: token ids; top_ids, top_logits: (answer positions, 5), the teacher-forced best logits.
 
     clip: the sound file inside the bundle that the answer is to, where there is one; source: the token ids of the text.
+    embedding: the vector of a prompt that is not answered.
     """
 
     prompt: list[int]
@@ -44,6 +46,7 @@ class GoldenCase:
     free_running: bool
     clip: str | None = None
     source: list[int] | None = None
+    embedding: list[float] | None = None
 
     def fed(self, folder: Path) -> Any:
         """The prompt as a runner is given it. folder: the bundle's."""
@@ -55,7 +58,10 @@ class GoldenCase:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Positions compared, share with the same first choice, clear positions that differ, free-running texts that differ."""
+    """Positions compared, share with the same first choice, clear positions that differ, free-running texts that differ.
+
+    A vector is one position, the same if its cosine with the golden one is at least `LEAST_COSINE`, else clearly another one.
+    """
 
     positions: int
     agreement: float
@@ -94,10 +100,20 @@ def make_cases(
     return cases
 
 
-def check_cases(runner: Runner, cases: Sequence[GoldenCase], *, folder: Path, stop_ids: Sequence[int]) -> Agreement:
+def embedded_case(runner: Any, prompt: Sequence[int], text: str) -> GoldenCase:
+    """The vector of one text, fed alone."""
+    vector = np.round(runner.embed([prompt])[0].astype(float), 5).tolist()
+    return GoldenCase(list(prompt), [], text, [], [], False, embedding=vector)
+
+
+def check_cases(runner: Any, cases: Sequence[GoldenCase], *, folder: Path, stop_ids: Sequence[int]) -> Agreement:
     """Hold a runtime against the cases of the bundle in `folder`. stop_ids: as in `make_cases`."""
     same = clear = positions = free = wrong = 0
     for case in cases:
+        if case.embedding is not None:
+            near = float(runner.embed([case.prompt])[0] @ np.array(case.embedding)) >= LEAST_COSINE
+            positions, same, clear = positions + 1, same + near, clear + (not near)
+            continue
         chosen = _answer_logits(runner, case.fed(folder), case.answer, written=bool(stop_ids)).argmax(-1)
         for token, ids, logits in zip(chosen, case.top_ids, case.top_logits, strict=True):
             positions += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from qft.bundle.card import model_card
 from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
-from qft.bundle.generate import Feed, Writing, tokens
+from qft.bundle.embedder import Embedding, Neighbours, OnnxEmbedder, embed_all, embeddings, nearest
+from qft.bundle.generate import Answer, Feed, Writing, tokens
+from qft.bundle.hashes import NAME, changed_files, file_hashes
 from qft.bundle.lines import conversation_of, question_of
 from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.sampling import GREEDY, Sampler, Sampling
@@ -29,24 +30,16 @@ from qft.data.sequences import MOST_TOKENS, Given, source_of, start_of
 from qft.data.tokenizer import Message, TextTokenizer
 from qft.data.windows import cut_windows
 from qft.errors import InputError, Problem
-from qft.files import inside, sha256_file, write_json, write_text
+from qft.files import inside, write_json, write_text
 
-NAME, CARD = "qft.json", "README.md"
+_CARD = "README.md"
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
+    "sentence-similarity": OnnxEmbedder,
     "automatic-speech-recognition": Seq2SeqRunner,
     "translation": Seq2SeqRunner,
 }
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a bundle but qft.json, by its name inside the bundle."""
-    return {
-        p.relative_to(folder).as_posix(): sha256_file(p)
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != NAME and not p.name.startswith(".")
-    }
 
 
 def update(folder: Path, **facts: Any) -> dict[str, Any]:
@@ -55,7 +48,7 @@ def update(folder: Path, **facts: Any) -> dict[str, Any]:
     manifest = json.loads(path.read_text("utf-8")) if path.exists() else {}
     manifest |= facts
     if "lineage" in manifest:
-        write_text(folder / CARD, model_card(manifest))
+        write_text(folder / _CARD, model_card(manifest))
     manifest["files"] = file_hashes(folder)
     write_json(path, manifest)
     return manifest
@@ -64,18 +57,6 @@ def update(folder: Path, **facts: Any) -> dict[str, Any]:
 def size_bytes(folder: Path) -> int:
     """Bytes of all files of a bundle."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer and whether the model ended it by itself."""
-
-    text: str
-    ended: bool
-    tokens: int
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Bundle:
@@ -129,6 +110,11 @@ class Bundle:
         return self._kind is OnnxRunner
 
     @property
+    def embeds(self) -> bool:
+        """Whether it turns texts into vectors."""
+        return self._kind is OnnxEmbedder
+
+    @property
     def labels(self) -> LabelNames:
         """What a classifier chooses from."""
         return LabelNames(tuple(self.manifest["labels"]), self.manifest["several_labels"])
@@ -156,7 +142,7 @@ class Bundle:
         return self.manifest["task"] == "automatic-speech-recognition"
 
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
-        """A session on the model: an OnnxClassifier, an OnnxReader, a Seq2SeqRunner, or an OnnxRunner that writes."""
+        """A session on the model: an OnnxClassifier, OnnxReader, OnnxEmbedder, Seq2SeqRunner, or an OnnxRunner that writes."""
         if self._kind is Seq2SeqRunner:
             encoder, decoder = self.models.values()
             network = OnnxNetwork(encoder, decoder, reader=self.reader, threads=threads, provider=provider)
@@ -164,6 +150,8 @@ class Bundle:
         options = {"pad_id": self.tokenizer.pad_id, "threads": threads, "provider": provider}
         if self._kind is OnnxReader:
             options["pair_mark"] = self.tokenizer.pair_mark
+        if self.embeds:
+            options["temperature"] = self.manifest["keys"]["temperature"]
         return self._kind(self.models["model"], **options)
 
     def predict(
@@ -176,22 +164,25 @@ class Bundle:
         schema: Any = None,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
-    ) -> Sequence[Answer | Choice | Decision | Found]:
-        """What the model makes of each line: a label, an answer found in a context, or one of at most max_new_tokens.
+        among: Sequence[str] = (),
+    ) -> Sequence[Answer | Choice | Decision | Found | Embedding | Neighbours]:
+        """What the model makes of each line: a label, a vector, an answer found in a context, or one of at most max_new_tokens.
 
-        labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was.
-        Raises InputError for a line that is not of the form that the task asks for.
+        labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was. among: texts
+        of which the nearest are given instead of a vector. Raises InputError for a line of another form than the task's.
         """
         free = schema is None and sampling == GREEDY and not stop
         if (labels or not free) and not self.writes:
-            raise InputError(
-                f"a bundle for {self.manifest['task']} does not write",
-                where="--labels, --schema, --temperature, --stop",
-            )
+            where = "--labels, --schema, --temperature, --stop"
+            raise InputError(f"a bundle for {self.manifest['task']} does not write", where=where)
         if labels and not free:
             raise InputError(
                 "a label is not sampled and has no form", where="--labels", hint="leave it or the others out"
             )
+        if among and not self.embeds:
+            raise InputError(f"a bundle for {self.manifest['task']} compares no texts", where="--among")
+        if self.embeds:
+            return self.nearest(lines, among, runner) if among else self.embed(lines, runner)
         if self._kind is OnnxReader:
             return [self.find(*question_of(line), runner) for line in lines]
         if self.transcribes:
@@ -239,11 +230,19 @@ class Bundle:
         """Each text's label."""
         calibration, decisions = self.calibration, []
         for text in texts:
-            ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
-            logits = runner.logits([shortened(ids, self.tokenizer, self.manifest["max_length"])], 1)[0, 0]
+            logits = runner.logits([self.read_ids(text)], 1)[0, 0]
             label, probability = self.labels.decide(logits, calibration["temperature"])
             decisions.append(Decision(label, probability, probability >= calibration["threshold"]))
         return decisions
+
+    def embed(self, texts: Sequence[str], runner: OnnxEmbedder) -> list[Embedding]:
+        """Each text's vector; of a text longer than training.max_length its beginning's."""
+        return embeddings(runner, [self.read_ids(text) for text in texts])
+
+    def nearest(self, texts: Sequence[str], among: Sequence[str], runner: OnnxEmbedder) -> list[Neighbours]:
+        """The nearest of `among` to each text."""
+        wanted, offered = (embed_all(runner, [self.read_ids(text) for text in some]) for some in (texts, among))
+        return [nearest(vector, offered, among) for vector in wanted]
 
     def find(self, question: str, context: str, runner: OnnxReader) -> Found:
         """The answer to a question in a context of any length."""
@@ -257,6 +256,11 @@ class Bundle:
         """A user's text with the recipe's prompt around it."""
         parts = around_place(self.manifest.get("prompt") or "")
         return f"{parts[0]}{text}{parts[2]}" if parts else text
+
+    def read_ids(self, text: str) -> list[int]:
+        """What a model that does not write is fed for a user's text."""
+        ids = self.tokenizer.encode(self.content(text), add_special_tokens=True)
+        return shortened(ids, self.tokenizer, self.manifest["max_length"])
 
     def prompt_ids(self, text: str) -> list[int]:
         """What the model is fed for a user's text, in the recipe's prompt and the chat template, or for a conversation.
@@ -317,11 +321,4 @@ class Bundle:
 
     def problems(self) -> list[Problem]:
         """Files that are missing, changed or not listed; empty if the bundle is as it was made."""
-        expected, there = self.manifest.get("files", {}), file_hashes(self.folder)
-        found = [Problem("is missing", name) for name in expected if name not in there]
-        found += [
-            Problem("has changed since the bundle was made", name)
-            for name in expected
-            if name in there and there[name] != expected[name]
-        ]
-        return found + [Problem("is not part of the bundle", name) for name in there if name not in expected]
+        return changed_files(self.folder, self.manifest.get("files", {}))

@@ -66,7 +66,6 @@ def open_job(arguments: Sequence[str], *, runs: Path, required: bool, on_progres
     """
     from qft import pipeline
     from qft.libraries import quiet
-    from qft.sources import cache_folder
 
     quiet()
     names = [a for a in arguments if "=" not in a]
@@ -76,9 +75,8 @@ def open_job(arguments: Sequence[str], *, runs: Path, required: bool, on_progres
     if required and not names:
         raise InputError("which recipe?", hint="as in `qft run recipes/quickstart.yaml`")
     named = _named(names[0] if names else None, overrides, runs)
-    with named.run.held():
-        named.run.claim(named.origin, named.loaded.text, named.loaded.overrides, pipeline.about())
-        yield Job(named.loaded.recipe, named.origin.parent, named.run, cache_folder(), on_progress)
+    with pipeline.working(named.loaded, named.origin, named.run, on_progress) as job:
+        yield job
 
 
 def find_run(name: str | None, runs: Path) -> RunFolder:

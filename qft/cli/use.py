@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qft.bundle.chat import Conversation
-from qft.bundle.golden import check_cases, from_manifest
+from qft.bundle.golden import LEAST_COSINE, Agreement, check_cases, from_manifest
 from qft.bundle.manifest import Bundle, size_bytes
 from qft.bundle.sampling import SAMPLING_NAMES, Sampling
 from qft.cli.options import find_run, made_job, on_runs, shared
@@ -82,6 +82,7 @@ def open_bundle(name: str | None, runs: Path) -> Bundle:
 @click.option("--max-new-tokens", default=64, show_default=True, help="Longest answer.")
 @click.option("--labels", metavar="A,B,C", help="Choose one of these; default: of those it was tuned on, if it was.")
 @click.option("--schema", type=click.Path(path_type=Path), help="JSON Schema file that every answer is kept to.")
+@click.option("--among", type=click.Path(path_type=Path), help="Text file: the lines nearest to each text are given.")
 @_sampled
 @_on_bundle
 def predict_command(
@@ -89,6 +90,7 @@ def predict_command(
     max_new_tokens: int,
     labels: str | None,
     schema: Path | None,
+    among: Path | None,
     sampling: Sampling,
     stop: tuple[str, ...],
     bundle_name: str | None,
@@ -98,7 +100,8 @@ def predict_command(
     """Answer TEXTS, or the lines of stdin, with a bundle; the recipe's prompt is put around each.
 
     A line may be a conversation: {"messages": […], "tools": […]}, as JSON. A bundle that finds answers in a context is asked
-    with JSON lines: {"question": "…", "context": "…"}; one that writes down speech with the names of sound files.
+    with JSON lines: {"question": "…", "context": "…"}; one that writes down speech with the names of sound files; one for search
+    gives a text's vector or, with --among, what it finds.
     """
     if labels and schema:
         raise InputError("an answer is kept to labels or to a schema", where="--labels, --schema", hint="leave one out")
@@ -114,6 +117,7 @@ def predict_command(
         schema=_schema(schema) if schema else None,
         sampling=sampling,
         stop=stop,
+        among=[line for line in _read(among, "--among").splitlines() if line.strip()] if among else (),
     )
     if as_json:
         said = [asdict(answer) for answer in answers]
@@ -125,11 +129,18 @@ def predict_command(
 
 def _schema(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", where="--schema") from None
+        return json.loads(_read(path, "--schema"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", where="--schema") from None
+
+
+def _read(path: Path, option: str) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", where=option) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8", where=option) from None
 
 
 @click.command("chat")
@@ -197,8 +208,8 @@ def serve_command(
 ) -> None:
     """Answer programs over HTTP as OpenAI does, with a BUNDLE (default: the newest run's first target). Ctrl-C ends.
 
-    Language models answer /v1/chat/completions and /v1/completions, recognisers /v1/audio/transcriptions; the others
-    /classify, /translate, /answer. The page at / tries them out.
+    Language models answer /v1/chat/completions and /v1/completions, recognisers /v1/audio/transcriptions, models
+    for search /v1/embeddings; the others /classify, /translate, /answer. The page at / tries them out.
     """
     from qft.serve.run import serve
 
@@ -260,6 +271,15 @@ def _held_out(bundle: Bundle, rows: Path | None, job: Job, task: Task) -> list[A
     return task.encode(examples, bundle.tokenizer, max_length=length, on_progress=silent)[0]
 
 
+def _agreed(found: Agreement, bundle: Bundle) -> str:
+    if bundle.embeds:
+        return f"{found.agreement:.1%} of {found.positions} vectors lie within a cosine of {LEAST_COSINE} of theirs"
+    return (
+        f"same first choice at {found.agreement:.1%} of {found.positions} positions; "
+        f"{found.free_cases - found.free_differences} of {found.free_cases} texts equal"
+    )
+
+
 @click.command("check")
 @_on_bundle
 def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
@@ -278,11 +298,7 @@ def check_command(bundle_name: str | None, runs: Path, as_json: bool) -> None:
             str(bundle.folder),
             [
                 ("files", f"{len(bundle.manifest['files'])}, {mb(size_bytes(bundle.folder))}, all as they were made"),
-                (
-                    "golden cases",
-                    f"same first choice at {agreement.agreement:.1%} of {agreement.positions} positions; "
-                    f"{agreement.free_cases - agreement.free_differences} of {agreement.free_cases} texts equal",
-                ),
+                ("golden cases", _agreed(agreement, bundle)),
             ],
         )
     if not agreement.agrees:

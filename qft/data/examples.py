@@ -19,6 +19,9 @@ from qft.errors import InputError
 
 _SIDES = ("translation.source", "translation.target")
 _PAIRS = (
+    ("text", "positive"),
+    ("anchor", "positive"),
+    ("query", "positive"),
     ("prompt", "completion"),
     ("question", "answer"),
     ("input", "output"),

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from qft.errors import StageError
+from qft.graph.pool import add_sentence_embedding
 from qft.libraries import quiet_transformers
 from qft.progress import OnProgress, Progress, silent
 
@@ -21,8 +22,8 @@ def export_float(
 ) -> None:
     """Write each graph into the folder `target`: `GRAPH.onnx`, and its weights as `GRAPH.onnx_data`, float32, in one copy.
 
-    graphs: those wanted of what optimum writes. export_task: optimum's name, such as text-generation-with-past. Raises
-    StageError with optimum's reason.
+    graphs: those wanted of what optimum writes. export_task: optimum's name, such as text-generation-with-past; for
+    sentence-similarity a text's vector is formed inside the graph. Raises StageError with optimum's reason.
     """
     quiet_transformers()
     from optimum.exporters.onnx import main_export
@@ -50,9 +51,10 @@ def export_float(
             raise StageError(f"optimum cannot export this model: {error}", hint="--debug shows where") from error
         # One name for the weights, the one optimum and transformers.js expect: the file name is written inside the graph.
         for graph in graphs:
-            ir.save(
-                ir.load(Path(scratch) / f"{graph}.onnx"), target / f"{graph}.onnx", external_data=f"{graph}.onnx_data"
-            )
+            model = ir.load(Path(scratch) / f"{graph}.onnx")
+            if export_task == "sentence-similarity":  # to optimum, without sentence-transformers, feature-extraction
+                add_sentence_embedding(model)
+            ir.save(model, target / f"{graph}.onnx", external_data=f"{graph}.onnx_data")
 
 
 def _let_gemma_classify() -> None:

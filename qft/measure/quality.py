@@ -53,6 +53,20 @@ class RowAnswer:
 
 
 @dataclass(frozen=True)
+class Retrieval:
+    """Percent of rows with something right among the first 1, 5, 10 found; mrr: 100 times the mean of 1 over its rank."""
+
+    recall_1_percent: float
+    recall_5_percent: float
+    recall_10_percent: float
+    mrr: float
+
+    def named(self, metric: str) -> float:
+        """recall@1, recall@5, recall@10 or mrr."""
+        return self.mrr if metric == "mrr" else float(getattr(self, f"recall_{metric.removeprefix('recall@')}_percent"))
+
+
+@dataclass(frozen=True)
 class Quality:
     """metric is the headline; loss in nats a target. Percentages are of rows; None where a figure has no meaning.
 
@@ -62,8 +76,8 @@ class Quality:
     preferred_percent: rows where the right label's first token is likelier than the other labels' (None if labels begin
     alike). macro_f1_percent, calibration_error_percent: see `classification`; word_error_percent, character_error_percent:
     see `transcripts`. exact_match_percent: answers with the words of a right one, or equal calls; f1_percent: see `answers`.
-    tool_calls: where some answers that were written should be calls. bleu, chrf: of translations, with sacrebleu's signatures of
-    both. agreement: with the tuned model, where there is one.
+    tool_calls: where some answers that were written should be calls. retrieval: where texts are looked for. bleu, chrf: of
+    translations, with sacrebleu's signatures of both. agreement: with the tuned model, where there is one.
     """
 
     metric: str
@@ -85,6 +99,7 @@ class Quality:
     f1_percent: float | None = None
     written: int | None = None
     tool_calls: ToolCalls | None = None
+    retrieval: Retrieval | None = None
     bleu: float | None = None
     chrf: float | None = None
     signatures: tuple[str, ...] = ()

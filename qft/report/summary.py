@@ -20,6 +20,7 @@ _METRIC_NAMES = {
     "bleu": "BLEU",
     "chrf": "chrF",
     "f1": "F1",
+    "mrr": "MRR",
     "macro_f1": "macro F1",
     "wer": "words wrong",
     "cer": "characters wrong",
@@ -43,7 +44,12 @@ class WaterfallStep:
         """For a table: the figures that have a meaning for this model and these rows."""
         q = self.quality
         translated = q.bleu is not None  # how near, not whether equal
+        looked_for = q.retrieval
         shares = {
+            "recall@1": looked_for.recall_1_percent if looked_for else None,
+            "recall@5": looked_for.recall_5_percent if looked_for else None,
+            "recall@10": looked_for.recall_10_percent if looked_for else None,
+            "MRR": looked_for.mrr if looked_for else None,
             "exactly right": q.accuracy_percent,
             "macro F1": q.macro_f1_percent,
             "words wrong": q.word_error_percent,

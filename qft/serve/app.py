@@ -1,4 +1,4 @@
-"""The application: OpenAI's endpoints for bundles that write or hear, and one each for the other tasks."""
+"""The application: OpenAI's endpoints for bundles that write, hear or search, and one each for the other tasks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from qft.serve.shapes import Shape, event, usage
 from qft.serve.speech import heard, sound_of
 from qft.serve.streams import EventStream, collected, until_gone
 from qft.serve.turns import Full, Stopped, Turns
+from qft.serve.vectors import EmbeddingsAsked, body, embedded
 from qft.serve.writer import Begun, Done, Piece, Writer
 
 AT_ONCE = 4  # answers in work: each holds keys and values of all it has read
@@ -32,6 +33,7 @@ _ENDPOINTS = {
     "question-answering": ["/answer"],
     "automatic-speech-recognition": ["/v1/audio/transcriptions"],
     "translation": ["/translate"],
+    "sentence-similarity": ["/v1/embeddings"],
 }
 _ALWAYS = ["/", "/health", "/metrics", "/v1/models"]
 _PAGE = Path(__file__).with_name("page.html")
@@ -172,6 +174,12 @@ def _tasks(app: FastAPI, service: Service) -> None:
         service.fits("/answer", asked.model)
         steps = (bundle.find(asked.question, asked.context, runner) for _ in range(1))
         return {"model": service.name, **asdict((await collected(request, service.turns.take(steps)))[0])}
+
+    @app.post("/v1/embeddings")
+    async def embed(asked: EmbeddingsAsked, request: Request) -> dict[str, Any]:
+        service.fits("/v1/embeddings", asked.model)
+        parts = await collected(request, service.turns.take(embedded(asked, bundle, runner)))
+        return body([one for part in parts for one in part], service.name, asked.encoding_format)
 
     @app.post("/v1/audio/transcriptions")
     async def transcribe(request: Request) -> Response:

@@ -10,7 +10,8 @@ from pathlib import Path
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from qft.bundle.manifest import Answer, Bundle
+from qft.bundle.generate import Answer
+from qft.bundle.manifest import Bundle
 from qft.bundle.seq2seq import Seq2SeqRunner
 from qft.errors import InputError
 from qft.serve.errors import ApiError

@@ -24,7 +24,11 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
-    return {"evaluation": recipe.evaluation.model_dump(), "compute_dtype": recipe.quantization.compute_dtype}
+    return {
+        "evaluation": recipe.evaluation.model_dump(),
+        "compute_dtype": recipe.quantization.compute_dtype,
+        "temperature": recipe.sentence_similarity.temperature,
+    }
 
 
 def outputs(job: Job) -> list[Path]:

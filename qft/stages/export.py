@@ -80,7 +80,6 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
     *_, model = models.values()
     session, _ = open_session(folder / model, threads=0, provider="cpu")
     inputs = [i.name for i in session.get_inputs()]
-    job.task.describe(job.run.merged, folder, models, inputs, tokenizer)
     update(
         folder,
         format=1,
@@ -109,6 +108,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
             "versions": versions(),
         },
     )
+    job.task.describe(job.run.merged, folder, models, inputs, tokenizer)
     update(folder, feeding=asdict(Feeding.of(Bundle.load(folder))))
 
 

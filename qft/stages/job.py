@@ -60,6 +60,10 @@ def check_keys(recipe: Recipe) -> None:
         raise InputError(
             f"a model for {recipe.task} is given no system message", where="data.system", hint="leave it out"
         )
+    if recipe.data.prompt and recipe.task == "sentence-similarity":
+        raise InputError(
+            "texts become vectors as they are, without words around them", where="data.prompt", hint="leave it out"
+        )
     sound_changes(recipe)
     check_trackers(recipe.training.trackers)
     if recipe.data.new_tokens and recipe.tuning.method == "head":

@@ -131,7 +131,7 @@ def run(job: Job) -> Facts:
         [_fact(s) for s in (*(source for source, _ in sources), *(s for found in apart.values() for s in found))],
         report,
         labels,
-        _majority_percent(parts),
+        None if recipe.task == "sentence-similarity" else _majority_percent(parts),
         _prompt_column(recipe),
     )
 

@@ -44,6 +44,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "lora": recipe.lora.model_dump(),
         "training": recipe.training.model_dump(),
         "class_weights": recipe.classification.class_weights,
+        "temperature": recipe.sentence_similarity.temperature,
         "evaluation": recipe.evaluation.model_dump(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,13 @@ def run(job: Job) -> Facts:
     float_runner = _runner(job, export.TARGET)
     tokenizer = TextTokenizer.load(job.run.merged)
     model = job.load(job.run.merged, tokenizer, dtype="float32").eval()
-    float_parity = compare(job.task.torch_runner(model, tokenizer), float_runner, rows, on_progress=job.on_progress)
+    held_against = functools.partial(compare, rows=rows, batch_size=job.task.together, on_progress=job.on_progress)
+    float_parity = held_against(job.task.torch_runner(model, tokenizer), float_runner)
     del model
     tuned, shipped = job.facts(tune.Facts).quality, job.facts(quantize.Facts).targets
     parities, worse = {}, {}
     for name in job.recipe.export.targets:
-        parities[name] = compare(float_runner, _runner(job, name), rows, on_progress=job.on_progress)
+        parities[name] = held_against(float_runner, _runner(job, name))
         worse[name] = how_much_worse(tuned, shipped[name].quality, job.recipe.export.budget.max_worse)
         update(
             job.run.bundle(name),

@@ -39,6 +39,7 @@ class QuestionAnswering:
     graphs: Mapping[str, str] = {"model": ""}
     section = "question_answering"
     chats = False
+    together = 4
 
     def __init__(self, labels: LabelSet, *, stride: int, longest_answer: int, no_answer_margin: float) -> None:
         """labels: whether training rows have an answer. Otherwise see the recipe's keys."""

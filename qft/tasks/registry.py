@@ -26,6 +26,7 @@ _TASKS = {
     "text-generation": "qft.tasks.text_generation:TextGeneration",
     "text-classification": "qft.tasks.text_classification:TextClassification",
     "question-answering": "qft.tasks.question_answering:QuestionAnswering",
+    "sentence-similarity": "qft.tasks.sentence_similarity:SentenceSimilarity",
     "translation": "qft.tasks.translation:Translation",
     "automatic-speech-recognition": "qft.tasks.speech_recognition:SpeechRecognition",
 }
@@ -37,7 +38,7 @@ class Task(Protocol):
     export_task: optimum's name of the graph. ort_class: the optimum class that opens the bundle. peft_type: PEFT's name.
     metrics: headline metrics that `evaluation.metric` may name. graphs: name of each ONNX file → what its layers' names lack
     of those in torch: all up to and with this. section: of the recipe, whose keys it is made with. chats: rows are
-    conversations, which a system message may open.
+    conversations, which a system message may open. together: rows that are fed at a time where two runtimes are compared.
     """
 
     export_task: str
@@ -47,6 +48,7 @@ class Task(Protocol):
     graphs: Mapping[str, str]
     section: str | None
     chats: bool
+    together: int
 
     def __init__(self, labels: LabelSet, **keys: Any) -> None: ...
 

@@ -42,6 +42,7 @@ class SpeechRecognition:
 
     section = "speech"
     chats = False
+    together = 4
 
     def __init__(self, labels: LabelSet, *, window_seconds: int) -> None:
         """window_seconds: that the encoder reads; Whisper's own are 30."""

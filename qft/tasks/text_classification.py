@@ -36,6 +36,7 @@ class TextClassification:
     graphs: Mapping[str, str] = {"model": ""}
     section = "classification"
     chats = False
+    together = 4
 
     def __init__(self, labels: LabelSet, *, class_weights: str, accepted_accuracy: float) -> None:
         """class_weights: none or balanced. accepted_accuracy: see `reject_threshold`."""

@@ -37,6 +37,7 @@ class TextGeneration:
     graphs: Mapping[str, str] = {"model": ""}
     section = "text_generation"
     chats = True
+    together = 4
 
     def __init__(self, labels: LabelSet, *, loss_on: str) -> None:
         """Labels, where rows have them, are answers like others. loss_on: every-answer or last-answer of a conversation."""

@@ -41,6 +41,7 @@ class Translation:
 
     section = "translation"
     chats = False
+    together = 4
 
     def __init__(self, labels: LabelSet, *, source: str, target: str) -> None:
         """source, target: columns, which rows are read from before a task gets them."""

@@ -102,6 +102,13 @@ def text_bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def search_bundle(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of vectors with random weights."""
+    folder = tmp_path_factory.mktemp("bundles") / "search"
+    return make_bundle(tiny_encoder, folder, "sentence-similarity", keys={"temperature": 0.05}, max_length=12)
+
+
+@pytest.fixture(scope="session")
 def served(text_bundle: Path) -> Iterator[Served]:
     """A server of the language model."""
     with serving(text_bundle) as found:

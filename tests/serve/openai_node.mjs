@@ -20,4 +20,8 @@ found.call = called.choices[0].message.tool_calls[0].function;
 found.error = await client.chat.completions.create({ model: "gpt-4", messages }).catch((error) => [error.constructor.name, error.status, error.code]);
 const wrong = new OpenAI({ baseURL: `${process.env.URL}/v1`, apiKey: "wrong", maxRetries: 0 });
 found.refused = await wrong.models.list().catch((error) => error.constructor.name);
+const search = new OpenAI({ baseURL: `${process.env.SEARCH_URL}/v1`, apiKey: "none", maxRetries: 0 });
+const input = ["a fine film", "dull and slow"];
+found.vectors = (await search.embeddings.create({ model: "tiny", input })).data.map((one) => one.embedding); // asks for base64
+found.floats = (await search.embeddings.create({ model: "tiny", input, encoding_format: "float" })).data.map((one) => one.embedding);
 console.log(JSON.stringify(found));

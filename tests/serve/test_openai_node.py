@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qft.bundle.manifest import Bundle
@@ -32,11 +33,11 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_openai_node_gets_what_the_bundle_says(node_folder: Path, text_bundle: Path) -> None:
+def test_openai_node_gets_what_the_bundles_say(node_folder: Path, text_bundle: Path, search_bundle: Path) -> None:
     bundle = Bundle.load(text_bundle)
     (expected,) = bundle.answer(["a fine film at home"], bundle.runner(), max_new_tokens=16)
-    with serving(text_bundle, key="abc") as served:
-        environment = {**os.environ, "URL": served.url, "KEY": "abc"}
+    with serving(text_bundle, key="abc") as served, serving(search_bundle) as searched:
+        environment = {**os.environ, "URL": served.url, "KEY": "abc", "SEARCH_URL": searched.url}
         done = subprocess.run(
             ["node", "openai_node.mjs"], cwd=node_folder, env=environment, capture_output=True, text=True, check=False
         )
@@ -51,3 +52,7 @@ def test_openai_node_gets_what_the_bundle_says(node_folder: Path, text_bundle: P
     assert isinstance(json.loads(found["call"]["arguments"])["score"], int)
     assert found["error"] == ["NotFoundError", 404, "model_not_found"]
     assert found["refused"] == "AuthenticationError"
+    search = Bundle.load(search_bundle)
+    vectors = [one.embedding for one in search.embed(["a fine film", "dull and slow"], search.runner())]
+    np.testing.assert_allclose(found["vectors"], vectors, atol=1e-6)
+    np.testing.assert_allclose(found["floats"], vectors, atol=1e-6)

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -88,3 +89,41 @@ def test_a_text_is_classified_as_without_a_server(tiny_encoder: Path, tmp_path: 
             404,
             "this bundle is for text-classification: ask POST /classify",
         )
+
+
+@pytest.fixture(scope="module")
+def searching(search_bundle: Path) -> Iterator[Served]:
+    with serving(search_bundle) as found:
+        yield found
+
+
+def test_openai_python_gets_the_vectors_of_texts_and_of_tokens(searching: Served, search_bundle: Path) -> None:
+    bundle = Bundle.load(search_bundle)
+    texts = [f"a fine film {word}" for word in ("in town", "again and again and again and again and again") * 10]
+    expected = bundle.embed(texts, bundle.runner())
+    client = openai.OpenAI(base_url=f"{searching.url}/v1", api_key="none", max_retries=0)
+    found = client.embeddings.create(model="tiny", input=texts)  # the client asks for base64 and reads it
+    assert [one.index for one in found.data] == list(range(20))
+    vectors = np.array([one.embedding for one in expected])
+    np.testing.assert_allclose([one.embedding for one in found.data], vectors, atol=1e-6)
+    assert found.usage.prompt_tokens == found.usage.total_tokens == sum(one.tokens for one in expected)
+    options: dict[str, Any] = {"model": "tiny", "encoding_format": "float", "dimensions": 64}
+    for given in (texts[0], bundle.read_ids(texts[0]), [bundle.read_ids(texts[0])]):
+        (one,) = client.embeddings.create(input=given, **options).data
+        np.testing.assert_allclose(one.embedding, vectors[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"dimensions": 32}, "64 dimensions"),
+        ({"input": []}, "input"),
+        ({"input": [[]]}, "input"),
+        ({"input": [[3, 100_000]]}, "no token 100000"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+    ],
+)
+def test_openai_python_is_told_what_vectors_cannot_be_had(more: dict[str, Any], said: str, searching: Served) -> None:
+    client = openai.OpenAI(base_url=f"{searching.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.embeddings.create(**{"model": "tiny", "input": "a fine film", **more})

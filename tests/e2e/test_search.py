@@ -1,0 +1,108 @@
+"""A model for search, the whole path: pairs of one label become a bundle that others read as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qft.bundle.manifest import Bundle
+from qft.paths import shipped
+from tests.e2e.conftest import Type, as_json, type_in
+from tests.e2e.test_apps import installed, run
+
+INT4 = "runs/recipe/bundles/cpu-int4"
+TEXTS = ["I loved every minute in town", "dull and slow", "a fine film again"]
+RECIPE = """\
+model: {model}
+task: sentence-similarity
+quantization: {{compute_dtype: float32}}
+data: {{train: reviews.jsonl, eval: 24, validation: 24}}
+training: {{epochs: 6, learning_rate: 1e-3, batch_size: 8, max_length: 32, evaluations: 2}}
+fold: {{steps: 8}}
+verify: {{quantized_top1: 0.5}}
+export: {{budget: {{max_worse: 30 points}}}}
+bench: {{trials: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, reviews: list[dict[str, str]]) -> Path:
+    """A folder in which `qft run recipe.yaml` was typed."""
+    folder = tmp_path_factory.mktemp("search")
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews))
+    (folder / "recipe.yaml").write_text(RECIPE.format(model=tiny_encoder))
+    done = type_in(folder, "qft run recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def vectors_of(folder: Path) -> np.ndarray:
+    bundle = Bundle.load(folder / INT4)
+    return np.array([one.embedding for one in bundle.embed(TEXTS, bundle.runner())])
+
+
+@pytest.mark.slow
+def test_it_has_learnt_and_what_was_trained_is_what_ships(searched: Path, typed: Type) -> None:
+    steps = {step["stage"]: step for step in as_json(typed(searched, "qft run recipe.yaml --json"))["waterfall"]}
+    assert list(steps) == ["base", "tuned", "merged", "exported", "rounded", "folded", "shipped"]
+    assert steps["tuned"]["loss"] < steps["base"]["loss"]
+    assert steps["merged"]["loss"] == pytest.approx(steps["tuned"]["loss"], abs=1e-3)
+    assert steps["exported"]["loss"] == pytest.approx(steps["merged"]["loss"], abs=1e-4)
+    assert abs(steps["shipped"]["loss"] - steps["folded"]["loss"]) < 0.05
+    found = steps["shipped"]["retrieval"]
+    assert steps["shipped"]["value"] == found["recall_1_percent"] <= found["recall_5_percent"]
+    assert "recall@10" in (searched / "runs/recipe/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_predict_eval_and_check(searched: Path, typed: Type) -> None:
+    (answer,) = as_json(typed(searched, "qft predict --json dull"))["answers"]
+    assert answer["input"] == "dull"
+    assert np.linalg.norm(answer["embedding"]) == pytest.approx(1, abs=1e-5)
+    (searched / "lines.txt").write_text("\n".join(TEXTS))
+    done = typed(searched, "qft predict --among lines.txt", stdin=TEXTS[1])
+    assert done.stdout.splitlines()[0] == f"1.00  {TEXTS[1]}"
+    assert len(done.stdout.splitlines()) == 3
+    assert as_json(typed(searched, "qft check --json"))["agrees"]
+    assert as_json(typed(searched, "qft eval --json"))["quality"]["metric"] == "recall@1"
+    refused = typed(searched, "qft predict --labels a,b dull")
+    assert refused.returncode == 2
+    refused = typed(searched, "qft run recipe.yaml name=other data.prompt=query:{text}")
+    assert "become vectors as they are" in refused.stderr
+
+
+@pytest.mark.slow
+def test_optimum_and_sentence_transformers_read_the_folder_as_it_is(searched: Path) -> None:
+    """Of float32 sums in another order: 1e-5."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    settings = {"file_name": "onnx/model_q4.onnx"}
+    model = sentence_transformers.SentenceTransformer(
+        str(searched / INT4), backend="onnx", model_kwargs=settings, device="cpu"
+    )
+    assert model.max_seq_length == 32
+    np.testing.assert_allclose(model.encode(TEXTS), vectors_of(searched), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.apps
+def test_node_pipeline_of_transformers_js_gives_the_same_vectors(searched: Path, tmp_path: Path) -> None:
+    """The folder as it is. Both run onnxruntime's kernels, of other releases: a cosine of 0.999."""
+    (tmp_path / "bundle").symlink_to(searched / INT4)
+    shutil.copyfile(shipped("export/apps/node/package.json"), tmp_path / "package.json")
+    app = installed(tmp_path)
+    (app / "embed.mjs").write_text(
+        'import { env, pipeline } from "@huggingface/transformers";\n'
+        'env.allowRemoteModels = false; env.localModelPath = "./";\n'
+        'const embed = await pipeline("feature-extraction", "bundle");\n'
+        f'const found = await embed({json.dumps(TEXTS)}, {{ pooling: "mean", normalize: true }});\n'
+        "const whole = await embed.model(embed.tokenizer("
+        f"{json.dumps(TEXTS)}, {{ padding: true }}));\n"
+        "console.log(JSON.stringify([found.tolist(), whole.sentence_embedding.tolist()]));\n"
+    )
+    ours = vectors_of(searched)
+    for theirs in json.loads(run(app, "node", "embed.mjs")):
+        np.testing.assert_array_less(0.999, (np.array(theirs) * ours).sum(-1))
