@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own takes longer to import than all else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from qft.api import Bundle, Result, run
 
 __version__ = "0.1.0"

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from qft.recipe_loader import check_recipe
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/sentiment-with-gpt2.md").read_text("utf-8")
 
@@ -55,3 +57,14 @@ def test_the_page_shows_the_recipe_as_it_is() -> None:
     )
     assert shown["data"].items() <= shipped["data"].items()
     assert all(shipped[key] == shown[key] for key in ("model", "task"))
+
+
+@pytest.mark.parametrize("name", ["answer", "classify", "generate", "search", "transcribe", "translate"])
+def test_the_recipe_of_a_page_is_one(name: str) -> None:
+    """Its Python lines are run by tests/e2e/test_api.py."""
+    page = (ROOT / f"docs/{name}.md").read_text("utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    loaded = check_recipe(text, Path(text.split()[1]))
+    assert f"qft run {loaded.path}" in page
+    assert f'qft.Bundle.load("runs/{loaded.recipe.name}/bundles/cpu-int4")' in page
+    assert f"(docs/{name}.md)" in (ROOT / "README.md").read_text("utf-8")

@@ -72,9 +72,14 @@ def test_columns_tell_the_task(rows: list[Row], task: str, keys: dict) -> None:
     assert keys.items() <= found.data.items()
 
 
+def test_columns_of_what_is_alike_are_for_search() -> None:
+    (found, *_) = guesses(rows_of(text=TEXTS, positive=[f"{text} again" for text in TEXTS]))
+    assert (found.task, found.read.name) == ("sentence-similarity", "text")
+
+
 def test_a_task_that_is_asked_for_counts_alone() -> None:
     rows = rows_of(text=TEXTS, label=LABELS)
-    assert [g.task for g in guesses(rows)] == ["text-classification", "text-generation"]
+    assert [g.task for g in guesses(rows)] == ["text-classification", "text-generation", "sentence-similarity"]
     assert guesses(rows, "text-generation")[0].labels == 2
     with pytest.raises(InputError, match="two columns of texts in two languages"):
         guesses(rows, "translation")

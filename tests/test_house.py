@@ -39,6 +39,7 @@ LEVELS = [
         "sources",
         "sources_pypi",
         "base_ctranslate2",
+        "base_encoder",
         "base_gguf",
         "base_new",
         "base_model",
@@ -126,6 +127,16 @@ def fresh(code: str) -> str:
 def test_a_bundle_is_opened_and_measured_without_torch(name: str) -> None:
     found = fresh(f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
     assert found.strip() == "[]"
+
+
+def test_qft_is_imported_at_once_and_loads_its_names_when_asked_for() -> None:
+    code = "import time; began = time.perf_counter(); import qft; print(time.perf_counter() - began)"
+    assert min(float(fresh(code)) for _ in range(3)) < 0.05
+    assert fresh("import qft, sys; print('numpy' in sys.modules, qft.Bundle.__name__, callable(qft.run))").split() == [
+        "False",
+        "Bundle",
+        "True",
+    ]
 
 
 def test_help_answers_at_once() -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from qft.base_model import check_encodes, drop_pooler, load
+from qft.base_encoder import check_encodes, drop_pooler
+from qft.base_model import load
 from qft.bundle.embedder import OnnxEmbedder, embed_all
 from qft.bundle.golden import LEAST_COSINE, check_cases, embedded_case
 from qft.data.examples import Example

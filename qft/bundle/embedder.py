@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def embeddings(runner: OnnxEmbedder, texts: Sequence[Sequence[int]]) -> list[Emb
 
 
 class OnnxEmbedder:
-    """Runs a graph whose mean over a text's tokens and whose division by its length lie inside. size: of a vector."""
+    """Runs a graph whose mean over a text's tokens and whose division by its length lie inside."""
 
     def __init__(
         self, model: Path, *, pad_id: int, temperature: float, threads: int = 0, provider: str = "cpu"
@@ -78,8 +79,12 @@ class OnnxEmbedder:
         """temperature: see `neighbour_logits`. Raises InputError as `open_session` does."""
         self.session, self.threads = open_session(model, threads=threads, provider=provider)
         self.pad_id, self.temperature = pad_id, temperature
-        self.size = next(int(o.shape[-1]) for o in self.session.get_outputs() if o.name == OUTPUT)
         self._named = {i.name for i in self.session.get_inputs()}
+
+    @cached_property
+    def size(self) -> int:
+        """Of a vector, as the graph gives it: an exporter may leave its shapes open."""
+        return int(self.embed([[self.pad_id]]).shape[-1])
 
     def embed(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 (texts, size) of length 1."""

@@ -188,6 +188,7 @@ _TRAINING: dict[str, dict[str, Any]] = {
     "question-answering": {"learning_rate": 2e-4, "warmup_ratio": 0.1, "batch_size": 8},
     "automatic-speech-recognition": {"learning_rate": 5e-4, "batch_size": 8, "evaluations": 2},
     "text-generation": {"learning_rate": 4e-4, "evaluations": 2},
+    "sentence-similarity": {"learning_rate": 3e-4, "batch_size": 64},
     "translation": {"learning_rate": 3e-4, "batch_size": 16},
     "new": {"learning_rate": 1e-3, "warmup_ratio": 0.1, "batch_size": 64, "label_smoothing": 0.1},
 }
@@ -197,6 +198,7 @@ _SEEN = {
     "question-answering": (6000, 6),
     "automatic-speech-recognition": (1500, 10),
     "text-generation": (2000, 5),
+    "sentence-similarity": (8000, 10),
     "translation": (6000, 10),
     "new": (300_000, 20),
 }

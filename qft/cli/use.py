@@ -117,7 +117,7 @@ def predict_command(
         schema=_schema(schema) if schema else None,
         sampling=sampling,
         stop=stop,
-        among=[line for line in _read(among, "--among").splitlines() if line.strip()] if among else (),
+        among=_lines(among) if among else (),
     )
     if as_json:
         said = [asdict(answer) for answer in answers]
@@ -132,6 +132,12 @@ def _schema(path: Path) -> Any:
         return json.loads(_read(path, "--schema"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}", where="--schema") from None
+
+
+def _lines(path: Path) -> list[str]:
+    if not (lines := [line for line in _read(path, "--among").splitlines() if line.strip()]):
+        raise InputError(f"{path} holds no line", where="--among", hint="write a text a line")
+    return lines
 
 
 def _read(path: Path, option: str) -> str:

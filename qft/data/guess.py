@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qft.data.columns import Column, columns_of, named
@@ -24,6 +24,7 @@ _ANSWERED = {"prompt": ("completion", "response"), "question": ("answer",), "inp
 _WANTED = {
     "text-classification": "a column of texts and one with few different values",
     "question-answering": "columns question, context and answers (or a file of SQuAD's form)",
+    "sentence-similarity": "columns text and positive, or a column of texts and one with few different values",
     "translation": "two columns of texts in two languages",
     "automatic-speech-recognition": "a column of sound files' paths and one of what is said",
     "text-generation": "columns messages; instruction and output; prompt and completion; or text",
@@ -111,6 +112,14 @@ def _passages(columns: Sequence[Column], rows: Sequence[Row]) -> list[Guess]:
     return [Guess("question-answering", because, context)]
 
 
+def _pairs(columns: Sequence[Column], rows: Sequence[Row]) -> list[Guess]:
+    other, text = named(columns, ("positive",)), named(columns, ("text", "anchor", "query"))
+    if text is None or other is None or text.nested or other.nested:
+        return []
+    because = f"columns {text.name!r} and {other.name!r}: what is like each other is to be found"
+    return [Guess("sentence-similarity", because, text, other)]
+
+
 def _speech(columns: Sequence[Column], rows: Sequence[Row]) -> list[Guess]:
     sound = next((column for column in columns if column.sounds), None)
     others = [column for column in columns if column is not sound and not (column.nested or column.numeric)]
@@ -166,7 +175,8 @@ def _labelled(columns: Sequence[Column], rows: Sequence[Row]) -> list[Guess]:
     doubt = f"; {', '.join(map(repr, others[:3]))} could be the label too" if others else ""
     because = f"column {text.name!r} holds texts, {label.name!r} {count:,} different values{many}{doubt}"
     one = Guess("text-classification", because, text, label, keys, labels=count)
-    return [one] if many else [one, Guess("text-generation", because, text, label, keys, labels=count)]
+    ways = ("text-generation", "sentence-similarity")  # by writing the label; by what lies near
+    return [one] if many else [one, *(replace(one, task=task) for task in ways)]
 
 
 def _texts_in_lists(columns: Sequence[Column]) -> bool:
@@ -198,6 +208,7 @@ _LOOKS: tuple[Callable[[Sequence[Column], Sequence[Row]], list[Guess]], ...] = (
     _conversations,
     _instructions,
     _passages,
+    _pairs,
     _speech,
     _translations,
     _answers,

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qft.base_model import check_encodes, drop_pooler, load
+from qft.base_encoder import check_encodes, drop_pooler
+from qft.base_model import load
 from qft.bundle.assets import write_config, write_sentence_configs
 from qft.bundle.golden import GoldenCase, embedded_case
 from qft.bundle.manifest import Bundle
