@@ -77,8 +77,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
     tokenizer = TextTokenizer.load(folder)
     *_, model = models.values()
     session, _ = open_session(folder / model, threads=0, provider="cpu")
-    inputs = [i.name for i in session.get_inputs()]
-    job.task.describe(job.run.merged, folder, models, inputs, tokenizer)
+    job.task.describe(job.run.merged, folder, models, session, tokenizer)
     update(
         folder,
         format=1,
@@ -95,7 +94,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         prompt=recipe.data.prompt,
         prompt_column=facts.prompt_column,
         system=recipe.data.system,
-        inputs=inputs,
+        inputs=[i.name for i in session.get_inputs()],
         outputs=[o.name for o in session.get_outputs()],
         licence=facts.model.licence,
         lineage={
