@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from qft.base_gguf import scored_bpe
 from qft.base_model import LabelHead, label_layer, load
 from qft.bundle.classifier import OnnxClassifier
 from qft.bundle.session import OnnxRunner
+from qft.graph.attention import fuse_attention
 from qft.graph.export_optimum import export_float
 from qft.measure.parity import compare
 from qft.training.classify import TorchClassifier
@@ -79,6 +81,18 @@ def test_beyond_the_window_the_export_gives_the_logits_of_torch(tiny_gemma: Path
     bases.model.rotary_emb_local = bases.model.rotary_emb
     for other in (wide, bases):  # had the export forgotten the window, or one of the two bases, it would show
         assert compare(TorchRunner(other, 0), exported, rows(60)).max_logit_difference > 0.1
+
+
+def test_fused_attention_keeps_window_and_bases(tiny_gemma: Path, exported: OnnxRunner) -> None:
+    graph = ir.load(tiny_gemma / "onnx/model.onnx")
+    assert fuse_attention(graph, positions=256) == 3
+    windows = [n.attributes["local_window_size"].as_int() for n in graph.graph if n.op_type == "GroupQueryAttention"]
+    assert windows == [WINDOW, -1, WINDOW]
+    ir.save(graph, tiny_gemma / "onnx/fused.onnx")
+    fused, prompts = OnnxRunner(tiny_gemma / "onnx/fused.onnx", pad_id=0), rows(5, 40, 60)
+    assert compare(TorchRunner(float_model(tiny_gemma), 0), fused, prompts).max_logit_difference < 1e-3
+    how = {"max_new_tokens": 24, "stop_ids": ()}
+    assert fused.generate(prompts, **how) == exported.generate(prompts, **how)
 
 
 def test_what_is_written_past_the_window_is_what_torch_writes(tiny_gemma: Path, exported: OnnxRunner) -> None:

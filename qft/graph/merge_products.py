@@ -7,7 +7,7 @@ three as it is, other readers get their part by a Split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -38,29 +38,24 @@ def _stored(node: ir.Node) -> tuple[int, ...]:
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     first, outputs = nodes[0], [node.outputs[0] for node in nodes]
-    name = "+".join(str(node.inputs[1].name).removesuffix("_q") for node in nodes if node.inputs[1] is not None)
     rows = [node.attributes["N"].as_int() for node in nodes]
-    weights = [
-        constant(graph, f"{name}_{place}", np.concatenate(list(_arrays(nodes, place))))
-        for place in range(1, len(first.inputs))
-    ]
-    attributes = {key: first.attributes[key].as_int() for key in _ALIKE}
-    product = insert(first, "MatMulNBits", [first.inputs[0], *weights], domain=first.domain, N=sum(rows), **attributes)
+    weights = [_stacked(graph, [node.inputs[place] for node in nodes]) for place in range(1, len(first.inputs))]
+    alike = {name: first.attributes[name].as_int() for name in _ALIKE}
+    product = insert(first, "MatMulNBits", [first.inputs[0], *weights], domain=first.domain, N=sum(rows), **alike)
     reader = next(iter(outputs[0].uses())).node
     if reader.op_type == "GroupQueryAttention" and list(reader.inputs[:3]) == outputs:
         for place, value in enumerate((product, None, None)):
             reader.replace_input_with(place, value)
         return
-    parts = ir.node(
-        "Split", [product, constant(graph, f"{name}_rows", rows)], attributes={"axis": -1}, num_outputs=len(rows)
-    )
+    size = constant(graph, f"rows_{'_'.join(map(str, rows))}", rows)
+    parts = ir.node("Split", [product, size], attributes={"axis": -1}, num_outputs=len(rows))
     graph.insert_before(first, parts)
     for old, new in zip(outputs, parts.outputs, strict=True):
         give_instead(old, new)
 
 
-def _arrays(nodes: Iterable[ir.Node], place: int) -> Iterable[np.ndarray]:
-    for node in nodes:
-        values = array(node.inputs[place])
-        assert values is not None
-        yield values
+def _stacked(graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value:
+    """One below the other, under all their names: `a_q`, `b_q` → `a_q+b_q`."""
+    arrays = [array(part) for part in parts]
+    name = "+".join(str(part.name) for part in parts if part is not None)
+    return constant(graph, name, np.concatenate([values for values in arrays if values is not None]))
