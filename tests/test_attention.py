@@ -154,3 +154,12 @@ def test_two_that_go_on_from_the_same_tokens_do_not_disturb_each_other(fused: Pa
         found, _ = runner.step([11], branch)
         np.testing.assert_allclose(found[0, -1], expected[0, -1], atol=CLOSE * abs(expected).max())
     assert first.past is cache.past  # and the first one was not copied
+
+
+def test_the_head_is_computed_only_where_logits_are_wanted(fused: Path) -> None:
+    runner, batch = OnnxRunner(fused, pad_id=2), texts(4, 9)
+    every, _ = runner.prefill(batch, keep=9)
+    for keep in (1, 3):
+        found, _ = runner.prefill(batch, keep=keep)
+        assert found.shape[:2] == (2, keep)
+        np.testing.assert_allclose(found, every[:, -keep:], atol=CLOSE * abs(every).max())

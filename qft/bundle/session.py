@@ -23,6 +23,7 @@ PROVIDERS = {
 }
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml", "openvino": "onnxruntime-openvino"}
 SHARED_CACHE = "qft.shared_cache"  # in the metadata of a graph whose attention is fused
+KEPT_LOGITS = "num_logits_to_keep"  # an input of such a graph that need not be given: 0, for all
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -86,6 +87,7 @@ class OnnxRunner:
             name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
         }
         self._fused = shares_cache(self.session)
+        self._keeps_logits = KEPT_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
         self._in_place = self._fused and provider == "cpu"
 
     def prefill(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[np.ndarray, Cache]:
@@ -98,15 +100,16 @@ class OnnxRunner:
         width = max(map(len, rest))
         cache = self.prefill([rows[0][:same]])[1] if same else self._nothing_read(len(rows))
         if same and self._fused:
-            read = [self.extend([row], cache) for row in rest]
-            logits = [np.pad(found[0], ((width - len(found[0]), 0), (0, 0)))[-keep:] for found, _ in read]
+            read = [self.extend([row], cache, keep=keep) for row in rest]
+            last = [found[0, -keep:] for found, _ in read]
+            logits = [np.pad(found, ((keep - len(found), 0), (0, 0))) for found in last]
             return np.stack(logits), Cache.joined([grown for _, grown in read])
         if same:
             cache = cache.repeated(len(rows))
         ids = np.array([[self.pad_id] * (width - len(row)) + row for row in rest], dtype=np.int64)
         new = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rest], dtype=np.int64)
         positions = np.maximum(cache.positions[:, None] + new.cumsum(-1) - 1, 0)
-        return self._run(ids, np.concatenate([cache.mask, new], axis=1), positions, cache.past)
+        return self._run(ids, np.concatenate([cache.mask, new], axis=1), positions, cache.past, keep)
 
     def _nothing_read(self, rows: int) -> Cache:
         empty = {name: np.zeros((rows, s[1], 0, s[3]), dtype=kind) for name, (s, kind) in self._past.items()}
@@ -117,16 +120,18 @@ class OnnxRunner:
         """Feed one token a row; float32 logits (rows, 1, vocabulary) and the grown cache."""
         return self.extend([[token] for token in tokens], cache)
 
-    def extend(self, rows: Sequence[Sequence[int]], cache: Cache) -> tuple[np.ndarray, Cache]:
-        """Feed equally many more tokens a row; float32 logits (rows, at least the last one, vocabulary) and the grown cache."""
+    def extend(self, rows: Sequence[Sequence[int]], cache: Cache, *, keep: int = 1) -> tuple[np.ndarray, Cache]:
+        """Feed equally many more tokens a row; logits as of `prefill`, and the grown cache."""
         if self._fused and len(rows) > 1 and len(rows[0]) > 1:  # the fused attention reads on for one row at a time
-            read = [self.extend([row], cache.row(number)) for number, row in enumerate(rows)]
+            read = [self.extend([row], cache.row(number), keep=keep) for number, row in enumerate(rows)]
             return np.concatenate([logits for logits, _ in read]), Cache.joined([grown for _, grown in read])
         ids = np.array(rows, dtype=np.int64)
         mask = np.concatenate([cache.mask, np.ones_like(ids)], axis=1)
-        return self._run(ids, mask, cache.positions[:, None] + np.arange(ids.shape[1]), cache.past)
+        return self._run(ids, mask, cache.positions[:, None] + np.arange(ids.shape[1]), cache.past, keep)
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Past) -> tuple[np.ndarray, Cache]:
+    def _run(
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Past, keep: int
+    ) -> tuple[np.ndarray, Cache]:
         if self._in_place:
             past = past.with_room(mask.shape[1] - ids.shape[1], mask.shape[1])
         feed = {
@@ -136,6 +141,8 @@ class OnnxRunner:
         }
         if self._named_positions:
             feed["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(positions))
+        if self._keeps_logits:
+            feed[KEPT_LOGITS] = ort.OrtValue.ortvalue_from_numpy(np.array(keep))
         presents = {name.replace("past_key_values", "present"): name for name in self._past}
         if self._in_place:
             binding = self.session.io_binding()

@@ -2,8 +2,9 @@
 
 Needs: a decoder with past as optimum exports it: heads that are rotated by halves, joined to the past, repeated for grouped
 queries, scaled, and masked causally, in a window or not, and where `attention_mask` is zero.
-Then holds: inputs are input_ids, attention_mask and past_key_values.*; position_ids are gone. A row may be filled up on the left or
-on the right; what the cache holds of it begins at place 0. Past and present may be one buffer, longer than what is in it; given
+Then holds: inputs are input_ids, attention_mask and past_key_values.*; position_ids are gone, and num_logits_to_keep may be given, so
+that the head is computed for the last positions alone. A row may be filled up on the left or on the right; what the cache holds of
+it begins at place 0. Past and present may be one buffer, longer than what is in it; given
 apart they grow as before. onnxruntime 1.32 reads several tokens after a past for one row at a time only.
 
 The kernel takes the lengths of rows, not a mask: rows are moved to the left before the first layer, and back before the head.
@@ -17,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from qft.bundle.session import SHARED_CACHE
+from qft.bundle.session import KEPT_LOGITS, SHARED_CACHE
 from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead, insert, made_by, read_by, through
 from qft.graph.probe import windows_of
 
@@ -215,9 +216,19 @@ def _move_rows(graph: ir.Graph, ids: ir.Value, mask: ir.Value, head: ir.Node) ->
     moved = insert(start, "GatherElements", [ids, there], axis=1)
     for node, place in readers:
         node.replace_input_with(place, moved)
-    back = insert(start, "Mod", [insert(start, "Sub", [places, before]), count])
+    last = insert(start, "Neg", [insert(start, "Unsqueeze", [_kept(graph), constant(graph, "zero", [0])])])
+    wanted = insert(start, "Slice", [places, last, end])
+    back = insert(start, "Mod", [insert(start, "Sub", [wanted, before]), count])
     back = insert(start, "Unsqueeze", [back, constant(graph, "last", [-1])])
     head.replace_input_with(0, insert(head, "GatherND", [head.inputs[0], back], batch_dims=1))
+
+
+def _kept(graph: ir.Graph) -> ir.Value:
+    """int64 (): of how many last positions logits are wanted, 0 for all. It has a default, so runtimes do not ask for it."""
+    value = constant(graph, KEPT_LOGITS, 0)
+    value.shape, value.type = ir.Shape([]), ir.TensorType(ir.DataType.INT64)
+    graph.inputs.append(value)
+    return value
 
 
 def _table(graph: ir.Graph, angles: _Angles, positions: int) -> ir.Value:
