@@ -2,9 +2,9 @@
 
 Needs: a decoder with past as optimum exports it: heads that are rotated by halves, joined to the past, repeated for grouped
 queries, scaled, and masked causally, in a window or not, and where `attention_mask` is zero.
-Then holds: inputs are input_ids, attention_mask and past_key_values.*; position_ids are gone, and num_logits_to_keep may be given, so
-that the head is computed for the last positions alone. A row may be filled up on the left or on the right; what the cache holds of
-it begins at place 0. Past and present may be one buffer, longer than what is in it; given
+Then holds: inputs and outputs are what they were. position_ids may still be given and are not looked at: a token stands where the mask
+says. num_logits_to_keep may be given as well, so that the head is computed for the last positions alone. A row may be filled up on the
+left or on the right; what the cache holds of it begins at place 0. Past and present may be one buffer, longer than what is in it; given
 apart they grow as before. onnxruntime 1.32 reads several tokens after a past for one row at a time only.
 
 The kernel takes the lengths of rows, not a mask: rows are moved to the left before the first layer, and back before the head.
@@ -65,7 +65,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
     pasts = [name for name in inputs if name and name.startswith("past_key_values.")]
     try:
         layers = [_match(node) for node in graph if node.op_type == "Softmax"]
-        if not pasts or 2 * len(layers) != len(pasts):
+        if not pasts or 2 * len(layers) != len(pasts) or "attention_mask" not in inputs:
             return 0
         head = _head(graph)
         masks, presents = [layer.mask for layer in layers], [layer.present[0] for layer in layers]
@@ -80,8 +80,6 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
     for layer, window in zip(layers, windows, strict=True):
         _fuse(graph, layer, window, [*lengths, *(tables[angles] for angles in layer.rotation)])
     drop_unused(graph)
-    if "position_ids" in inputs and not inputs["position_ids"].uses():
-        graph.inputs.remove(inputs["position_ids"])
     model.opset_imports[MICROSOFT] = 1
     model.metadata_props[SHARED_CACHE] = "true"
     return len(layers)
