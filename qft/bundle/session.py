@@ -28,7 +28,7 @@ _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def shares_cache(session: ort.InferenceSession) -> bool:
-    """Whether a decoder was fused by `qft.graph.fuse`: its past and present may be one buffer, longer than what is in it."""
+    """Whether a decoder was fused by `qft.graph.attention`: its past and present may be one buffer, longer than what is in it."""
     return SHARED_CACHE in session.get_modelmeta().custom_metadata_map
 
 
