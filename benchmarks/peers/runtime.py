@@ -1,6 +1,6 @@
 """One way of running a small language model, in a process of its own: `python -m benchmarks.peers.runtime WAY WORK_JSON`.
 
-Prints a JSON object: seconds to load, seconds of every prefill and of every decoded token, peak memory, and perplexity. A peer is
+Prints a JSON object: seconds to load, of every prefill and of every decoded token, peak memory, and perplexity. A peer is
 imported only by its own way, so that an environment without it can run the others.
 """
 
@@ -193,21 +193,23 @@ WAYS = {
 
 
 def _timed(peer: Peer, prompt: list[int], work: Work) -> dict[str, Any]:
-    prefill, decode = [], []
+    """Seconds on the wall, and of processor time: the latter stand still while other programs have the core."""
+    runs: dict[str, list[float]] = {"prefill": [], "prefill_processor": [], "decode": [], "decode_processor": []}
+
+    def read(what: str, ids: list[int], counts: bool) -> int:
+        began, worked = time.perf_counter(), time.process_time()
+        token = int(peer.read(ids).argmax())
+        if counts:
+            runs[f"{what}_processor"].append(time.process_time() - worked)
+            runs[what].append(time.perf_counter() - began)
+        return token
+
     for repeat in range(work.repeats + 1):
         peer.restart(len(prompt) + work.new_tokens + 1)
-        began = time.perf_counter()
-        token = int(peer.read(prompt).argmax())
-        first = time.perf_counter() - began
-        steps = []
+        token = read("prefill", prompt, counts=repeat > 0)  # the first is warm-up
         for _ in range(work.new_tokens):
-            began = time.perf_counter()
-            token = int(peer.read([token]).argmax())
-            steps.append(time.perf_counter() - began)
-        if repeat:  # the first is warm-up
-            prefill.append(first)
-            decode += steps
-    return {"prompt_tokens": len(prompt), "prefill_seconds": prefill, "decode_seconds": decode}
+            token = read("decode", [token], counts=repeat > 0)
+    return {"prompt_tokens": len(prompt), "seconds": runs}
 
 
 def _perplexity(peer: Peer, rows: list[list[int]]) -> float:
