@@ -4,8 +4,8 @@
     python -m benchmarks.runtime --peers .venv-peers/bin/python --json FILE              # 7 rounds
 
 SmolLM2-135M-Instruct as it is, rounded to the nearest point of a grid: fused and not; as genai's builder makes it; as the package's own
-GGUF (Q4_1). Blocks are of 32 everywhere. Batch 1. Speeds are medians over all trials, on the wall and by processor time, which says more
-on a machine that others use as well. `make peers` makes the environment that has the peers; without it the others run.
+GGUF (Q4_1). Blocks are of 32 everywhere. Batch 1. Speeds are medians over all trials, on the wall and by processor time, which says
+more on a machine that others use as well. `make peers` makes the environment that has the peers; without it the others run.
 """
 
 from __future__ import annotations
