@@ -38,6 +38,9 @@ class Target(BaseModel):
     head: Weights = Field(description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")
+    fuse: bool = Field(
+        description="a decoder's layers into onnxruntime's own operators, where they are as qft knows them"
+    )
 
     def files(self, graphs: Iterable[str]) -> dict[str, str]:
         """Graph → its ONNX file inside the bundle."""

@@ -17,7 +17,7 @@ def test_a_tokenizer_that_adds_bos_says_so(adds_bos: bool, tiny_model: Path, tmp
     """transformers.js's text-generation pipeline adds it only then."""
     shutil.copyfile(tiny_model / "tokenizer.json", tmp_path / "tokenizer.json")
     shutil.copyfile(tiny_model / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
-    write_decoder_configs(tiny_model, tmp_path, Decoder("onnx/model_q4.onnx", ["input_ids"], (2,), 2, adds_bos))
+    write_decoder_configs(tiny_model, tmp_path, Decoder("onnx/model_q4.onnx", ["input_ids"], False, (2,), 2, adds_bos))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert settings.get("add_bos_token", False) == adds_bos
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"

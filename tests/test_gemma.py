@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from qft.base_gguf import scored_bpe
 from qft.base_model import LabelHead, label_layer, load
 from qft.bundle.classifier import OnnxClassifier
 from qft.bundle.session import OnnxRunner
+from qft.graph.attention import fuse_attention
 from qft.graph.export_optimum import export_float
 from qft.measure.parity import compare
 from qft.training.classify import TorchClassifier
@@ -24,14 +26,12 @@ from tests.test_gguf import made_up
 WINDOW = 16
 
 
-@pytest.fixture(scope="module")
-def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(folder: Path, *, window: int, positions: int) -> Path:
     """Random weights; large ones, so that what is seen and where it stands shows in the logits."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
     pieces = made_up()
-    folder = tmp_path_factory.mktemp("gemma") / "model"
     config = Gemma3TextConfig(
         vocab_size=len(pieces.tokens),
         hidden_size=64,
@@ -41,8 +41,8 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
         head_dim=32,
         query_pre_attn_scalar=32,
-        max_position_embeddings=256,
-        sliding_window=WINDOW,
+        max_position_embeddings=positions,
+        sliding_window=window,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_theta=1e6,
         rope_local_base_freq=1e4,
@@ -52,6 +52,11 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = {f"{name}_token": pieces.tokens[number] for name, number in pieces.special.items()}
     save_tokenizer(scored_bpe(pieces), folder, **words)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("gemma") / "model", window=WINDOW, positions=256)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,33 @@ def test_beyond_the_window_the_export_gives_the_logits_of_torch(tiny_gemma: Path
     bases.model.rotary_emb_local = bases.model.rotary_emb
     for other in (wide, bases):  # had the export forgotten the window, or one of the two bases, it would show
         assert compare(TorchRunner(other, 0), exported, rows(60)).max_logit_difference > 0.1
+
+
+def fused_copy(model: Path, *, window: int, positions: int) -> OnnxRunner:
+    fused = ir.load(model)
+    assert fuse_attention(fused, positions=positions) == 3
+    windows = [n.attributes["local_window_size"].as_int() for n in fused.graph if n.op_type == "GroupQueryAttention"]
+    assert windows == [window, -1, window]
+    ir.save(fused, model.with_name("fused.onnx"))
+    return OnnxRunner(model.with_name("fused.onnx"), pad_id=0)
+
+
+def test_fused_attention_keeps_window_and_bases(tiny_gemma: Path, exported: OnnxRunner) -> None:
+    fused = fused_copy(tiny_gemma / "onnx/model.onnx", window=WINDOW, positions=256)
+    prompts = rows(5, 40, 60)
+    assert compare(TorchRunner(float_model(tiny_gemma), 0), fused, prompts).max_logit_difference < 1e-3
+    how = {"max_new_tokens": 24, "stop_ids": ()}
+    assert fused.generate(prompts, **how) == exported.generate(prompts, **how)
+
+
+@pytest.mark.slow
+def test_fused_attention_gives_the_logits_of_torch_at_1024_tokens_with_the_real_window(tmp_path: Path) -> None:
+    folder = made(tmp_path / "model", window=512, positions=2048)
+    export_float(folder, tmp_path, graphs=["model"], export_task="text-generation-with-past")
+    fused = fused_copy(tmp_path / "model.onnx", window=512, positions=2048)
+    found = compare(TorchRunner(float_model(folder), 0), fused, rows(600, 1024))
+    assert found.positions == 1624
+    assert found.max_logit_difference < 1e-3  # float32, logits up to about 50
 
 
 def test_what_is_written_past_the_window_is_what_torch_writes(tiny_gemma: Path, exported: OnnxRunner) -> None:

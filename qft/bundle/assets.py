@@ -33,6 +33,7 @@ class Decoder:
 
     model: str  # inside the bundle: onnx/model_q4.onnx
     inputs: Sequence[str]
+    shares_cache: bool  # past and present keys and values may be one buffer
     stop_ids: Sequence[int]
     pad_id: int
     adds_bos: bool  # whether the tokenizer begins a text with the token for it
@@ -111,7 +112,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
-    """For onnxruntime-genai: an unfused graph names position_ids and cannot share past and present buffers."""
+    """For onnxruntime-genai, which keeps past and present in one buffer where the graph's attention is made for that."""
     heads = config["num_attention_heads"]
     context = config.get("max_position_embeddings", 2048)
     named = [name for name in ("input_ids", "attention_mask", "position_ids") if name in decoder.inputs]
@@ -140,5 +141,5 @@ def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             },
         },
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": decoder.shares_cache},
     }

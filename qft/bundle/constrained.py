@@ -59,7 +59,7 @@ class Labels:
             width = max(map(len, rows))
             # What stands behind a row's own tokens is not seen by them.
             padded = [[*row, *[runner.pad_id] * (width - len(row))] for row in rows]
-            later = _log_softmax(runner.extend(padded, cache.repeated(len(rows)))[0])
+            later = _log_softmax(runner.extend(padded, cache.repeated(len(rows)), keep=width)[0])
             for row, said in zip(rows, later, strict=True):
                 ends = said[len(row) - 1, self.stop_ids]
                 scores.append(first[row[0]] + sum(said[np.arange(len(row) - 1), row[1:]]) + np.logaddexp.reduce(ends))

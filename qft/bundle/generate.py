@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qft.bundle.cache import Cache
 from qft.bundle.sampling import Sampler
-from qft.bundle.session import Cache, OnnxRunner
+from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import TextTokenizer
 
 _BROKEN = "\ufffd"  # what bytes decode to that are not yet a whole character

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import psutil
 
+from qft.bundle.cache import Cache, Past
 from qft.data.encode import shared_prefix
 from qft.errors import InputError
 
@@ -23,25 +22,14 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml", "openvino": "onnxruntime-openvino"}
+SHARED_CACHE = "qft.shared_cache"  # in the metadata of a graph whose attention is fused
+KEPT_LOGITS = "num_logits_to_keep"  # an input of such a graph that need not be given: 0, for all
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-@dataclass
-class Cache:
-    """What a prefill leaves behind: present keys and values, the attention mask, the next position of each row."""
-
-    values: dict[str, Any]
-    mask: np.ndarray
-    positions: np.ndarray
-
-    def repeated(self, count: int) -> Cache:
-        """That of one row, for `count` rows that go on from it."""
-        mask, positions = (np.repeat(part, count, axis=0) for part in (self.mask, self.positions))
-        return Cache(_repeated(self.values, count), mask, positions)
-
-
-def _repeated(values: dict[str, Any], count: int) -> dict[str, Any]:
-    return {n: ort.OrtValue.ortvalue_from_numpy(np.repeat(v.numpy(), count, axis=0)) for n, v in values.items()}
+def shares_cache(session: ort.InferenceSession) -> bool:
+    """Whether a decoder was fused by `qft.graph.attention`: its past and present may be one buffer, longer than what is in it."""
+    return SHARED_CACHE in session.get_modelmeta().custom_metadata_map
 
 
 def physical_cores() -> int:
@@ -86,7 +74,7 @@ def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.Infer
 
 
 class OnnxRunner:
-    """Runs a decoder with past, as optimum exports it."""
+    """Runs a decoder with past, as optimum exports it, or fused: then keys and values stay where they are, step after step."""
 
     def __init__(self, model: Path, *, pad_id: int, threads: int = 0, provider: str = "cpu") -> None:
         """Raises InputError as `open_session` does."""
@@ -98,6 +86,9 @@ class OnnxRunner:
         self._past = {
             name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
         }
+        self._fused = shares_cache(self.session)
+        self._keeps_logits = KEPT_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
+        self._in_place = self._fused and provider == "cpu"
 
     def prefill(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[np.ndarray, Cache]:
         """Feed left-padded rows; float32 logits (rows, at least the last `keep` positions, vocabulary) and the cache.
@@ -105,43 +96,67 @@ class OnnxRunner:
         What all rows share is computed once.
         """
         same = shared_prefix(rows, keep=keep)
-        rest = [r[same:] for r in rows]
+        rest = [list(row[same:]) for row in rows]
         width = max(map(len, rest))
-        ids = np.array([[self.pad_id] * (width - len(r)) + list(r) for r in rest], dtype=np.int64)
-        mask = np.array([[1] * same + [0] * (width - len(r)) + [1] * len(r) for r in rest], dtype=np.int64)
-        positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, same:]
-        return self._run(ids, mask, positions, self._past_of(rows[0][:same], len(rows)))
+        cache = self.prefill([rows[0][:same]])[1] if same else self._nothing_read(len(rows))
+        if same and self._fused:
+            read = [self.extend([row], cache, keep=keep) for row in rest]
+            last = [found[0, -keep:] for found, _ in read]
+            logits = [np.pad(found, ((keep - len(found), 0), (0, 0))) for found in last]
+            return np.stack(logits), Cache.joined([grown for _, grown in read])
+        if same:
+            cache = cache.repeated(len(rows))
+        ids = np.array([[self.pad_id] * (width - len(row)) + row for row in rest], dtype=np.int64)
+        new = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rest], dtype=np.int64)
+        positions = np.maximum(cache.positions[:, None] + new.cumsum(-1) - 1, 0)
+        return self._run(ids, np.concatenate([cache.mask, new], axis=1), positions, cache.past, keep)
 
-    def _past_of(self, prefix: Sequence[int], count: int) -> dict[str, Any]:
-        """Keys and values of a prefix, for `count` rows; empty ones for an empty prefix."""
-        if prefix:
-            return _repeated(self.prefill([prefix])[1].values, count)
-        empty = {name: np.zeros((count, s[1], 0, s[3]), dtype=kind) for name, (s, kind) in self._past.items()}
-        return {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
+    def _nothing_read(self, rows: int) -> Cache:
+        empty = {name: np.zeros((rows, s[1], 0, s[3]), dtype=kind) for name, (s, kind) in self._past.items()}
+        past = Past({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}, 0)
+        return Cache(past, np.zeros((rows, 0), np.int64), np.zeros(rows, np.int64))
 
     def step(self, tokens: Sequence[int], cache: Cache) -> tuple[np.ndarray, Cache]:
         """Feed one token a row; float32 logits (rows, 1, vocabulary) and the grown cache."""
         return self.extend([[token] for token in tokens], cache)
 
-    def extend(self, rows: Sequence[Sequence[int]], cache: Cache) -> tuple[np.ndarray, Cache]:
-        """Feed equally many more tokens a row; float32 logits (rows, at least the last one, vocabulary) and the grown cache."""
+    def extend(self, rows: Sequence[Sequence[int]], cache: Cache, *, keep: int = 1) -> tuple[np.ndarray, Cache]:
+        """Feed equally many more tokens a row; logits as of `prefill`, and the grown cache."""
+        if self._fused and len(rows) > 1 and len(rows[0]) > 1:  # the fused attention reads on for one row at a time
+            read = [self.extend([row], cache.row(number), keep=keep) for number, row in enumerate(rows)]
+            return np.concatenate([logits for logits, _ in read]), Cache.joined([grown for _, grown in read])
         ids = np.array(rows, dtype=np.int64)
         mask = np.concatenate([cache.mask, np.ones_like(ids)], axis=1)
-        return self._run(ids, mask, cache.positions[:, None] + np.arange(ids.shape[1]), cache.values)
+        return self._run(ids, mask, cache.positions[:, None] + np.arange(ids.shape[1]), cache.past, keep)
 
     def _run(
-        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: dict[str, Any]
+        self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Past, keep: int
     ) -> tuple[np.ndarray, Cache]:
+        if self._in_place:
+            past = past.with_room(mask.shape[1] - ids.shape[1], mask.shape[1])
         feed = {
             "input_ids": ort.OrtValue.ortvalue_from_numpy(ids),
             "attention_mask": ort.OrtValue.ortvalue_from_numpy(mask),
-            **past,
+            **past.values,
         }
         if self._named_positions:
             feed["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(positions))
-        results = dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, feed), strict=True))
-        values = {name: results[name.replace("past_key_values", "present")] for name in self._past}
-        return results["logits"].numpy().astype(np.float32, copy=False), Cache(values, mask, positions[:, -1] + 1)
+        if self._keeps_logits:
+            feed[KEPT_LOGITS] = ort.OrtValue.ortvalue_from_numpy(np.array(keep))
+        presents = {name.replace("past_key_values", "present"): name for name in self._past}
+        if self._in_place:
+            binding = self.session.io_binding()
+            for name, value in feed.items():
+                binding.bind_ortvalue_input(name, value)
+            for present, name in presents.items():
+                binding.bind_ortvalue_output(present, past.values[name])
+            binding.bind_output("logits")
+            self.session.run_with_iobinding(binding)
+            logits, past.used = binding.get_outputs()[-1], mask.shape[1]
+        else:
+            found = dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, feed), strict=True))
+            logits, past = found["logits"], Past({n: found[present] for present, n in presents.items()}, mask.shape[1])
+        return logits.numpy().astype(np.float32, copy=False), Cache(past, mask, positions[:, -1] + 1)
 
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of left-padded rows."""

@@ -1,4 +1,4 @@
-"""The quantization pass: packed codes into the graph.
+"""The quantization pass: packed codes into the graph, between those that fuse it.
 
 Needs: a float ONNX graph with constant weights in MatMul, Gather(embedding, ids) and, for a tied head,
 MatMul(x, Transpose(embedding)) as optimum writes it; in the branches of an If, too, as optimum merges decoders.
@@ -15,18 +15,23 @@ import onnx_ir as ir
 import torch
 
 from qft.errors import StageError
+from qft.graph.attention import fuse_attention
+from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead
+from qft.graph.merge_products import merge_products
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.grids import Grids, Quantized, dequantize, pack, quantize_nearest
-
-_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What a deployment profile asks of the graph: the grids of its weights, and of the kernel."""
+    """What a deployment profile asks of the graph: the grids of its weights, and of the kernel.
+
+    positions: the longest text that the model was made for, if a decoder's layers are to be fused.
+    """
 
     grids: Grids
     accuracy_level: int
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,12 @@ def quantize_graph(
     """
     model = ir.load(source)
     graph = model.graph
+    fused = plan.positions is not None and fuse_attention(model, positions=plan.positions)
     table = _embedding(graph)
     gathers, heads = ([], []) if table is None else _readers(graph, table)
     tied = {id(node) for node in heads}
     weights = [
-        n
-        for n in graph.all_nodes()
-        if n.op_type == "MatMul" and id(n) not in tied and _is_matrix(_constant(n.inputs[1]))
+        n for n in graph.all_nodes() if n.op_type == "MatMul" and id(n) not in tied and _is_matrix(array(n.inputs[1]))
     ]
     missing = folded.keys() - {_layer_name(node) for node in weights}
     if missing:
@@ -79,14 +83,12 @@ def quantize_graph(
         _replace(node, [_matmulnbits(node.inputs[0], *kept[weight], plan)])
     if not done:
         raise StageError(f"{source.name} holds no constant MatMul to quantize")
-    _drop_unused(graph)
-    model.opset_imports[_DOMAIN] = 1
+    drop_unused(graph)
+    if fused:
+        merge_products(graph)
+    model.opset_imports[MICROSOFT] = 1
     ir.save(model, target, external_data=f"{target.name}_data")
     return done
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
 def _is_matrix(values: np.ndarray | None) -> bool:
@@ -96,7 +98,7 @@ def _is_matrix(values: np.ndarray | None) -> bool:
 def _embedding(graph: ir.Graph) -> ir.Value | None:
     """The largest constant matrix that a Gather reads rows of: the token embedding."""
     tables = [n.inputs[0] for n in graph.all_nodes() if n.op_type == "Gather"]
-    found = [(values.size, t) for t in tables if (values := _constant(t)) is not None and values.ndim == 2]
+    found = [(values.size, t) for t in tables if (values := array(t)) is not None and values.ndim == 2]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -109,7 +111,7 @@ def _readers(graph: ir.Graph, table: ir.Value) -> tuple[list[ir.Node], list[ir.N
         elif node.op_type == "MatMul":
             maker = node.inputs[1].producer() if node.inputs[1] is not None else None
             transposed = maker is not None and maker.op_type == "Transpose" and maker.inputs[0] is table
-            if transposed or _is_transposed(_constant(node.inputs[1]), _constant(table)):  # written twice, as for Gemma
+            if transposed or _is_transposed(array(node.inputs[1]), array(table)):  # written twice, as for Gemma
                 heads.append(node)
     return gathers, heads
 
@@ -127,7 +129,7 @@ def _is_head(node: ir.Node) -> bool:
 def _quantize_embedding(
     graph: ir.Graph, table: ir.Value, gathers: list[ir.Node], heads: list[ir.Node], plan: GraphPlan
 ) -> QuantizedTensor:
-    values = _constant(table)
+    values = array(table)
     assert table.name is not None
     assert values is not None
     weight = _tensor(values)
@@ -141,7 +143,7 @@ def _quantize_embedding(
         read = ir.node(
             "GatherBlockQuantized",
             [flat.outputs[0], gather.inputs[1], *stored[1:]],
-            domain=_DOMAIN,
+            domain=MICROSOFT,
             attributes={
                 "bits": plan.grids.head.bits,
                 "block_size": plan.grids.head.block,
@@ -158,7 +160,7 @@ def _quantize_embedding(
 def _quantize_matmul(
     graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: dict[str, Quantized]
 ) -> tuple[list[ir.Value], Quantized, QuantizedTensor]:
-    values = _constant(node.inputs[1])
+    values = array(node.inputs[1])
     assert values is not None
     weight, name = _tensor(values.T), _layer_name(node)
     # What feeds the answer and was not folded (an untied head, a layer over the labels) is the most sensitive: it
@@ -190,7 +192,7 @@ def _matmulnbits(x: ir.Value | None, stored: list[ir.Value], matrix: Quantized, 
     return ir.node(
         "MatMulNBits",
         [x, *stored],
-        domain=_DOMAIN,
+        domain=MICROSOFT,
         attributes={
             "bits": matrix.scheme.bits,
             "block_size": matrix.scheme.block,
@@ -206,28 +208,15 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _initializer(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(tensor.numpy(), name=name))
-    graph.register_initializer(value)
-    return value
+    return constant(graph, name, tensor.numpy())
 
 
 def _replace(old: ir.Node, new: list[ir.Node]) -> None:
     graph = old.graph
     assert graph is not None
     graph.insert_before(old, new)
-    was, now = old.outputs[0], new[-1].outputs[0]
-    name, shape, kind = was.name, was.shape, was.type
-    ir.convenience.replace_all_uses_with(was, now, replace_graph_outputs=True)
+    give_instead(old.outputs[0], new[-1].outputs[0])
     graph.remove(old, safe=True)
-    now.name, now.shape, now.type = name, shape, kind
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph.all_nodes())):
-        if node.graph is not None and all(not out.uses() and not out.is_graph_output() for out in node.outputs):
-            node.graph.remove(node, safe=True)
-    for name in [n for n, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
-        del graph.initializers[name]
 
 
 def _record(name: str, weight: torch.Tensor, matrix: Quantized) -> QuantizedTensor:

@@ -79,7 +79,6 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
     tokenizer = TextTokenizer.load(folder)
     *_, model = models.values()
     session, _ = open_session(folder / model, threads=0, provider="cpu")
-    inputs = [i.name for i in session.get_inputs()]
     update(
         folder,
         format=1,
@@ -96,7 +95,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         prompt=recipe.data.prompt,
         prompt_column=facts.prompt_column,
         system=recipe.data.system,
-        inputs=inputs,
+        inputs=[i.name for i in session.get_inputs()],
         outputs=[o.name for o in session.get_outputs()],
         licence=facts.model.licence,
         language=_languages(job, tokenizer),
@@ -108,7 +107,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
             "versions": versions(),
         },
     )
-    job.task.describe(job.run.merged, folder, models, inputs, tokenizer)
+    job.task.describe(job.run.merged, folder, models, session, tokenizer)
     update(folder, feeding=asdict(Feeding.of(Bundle.load(folder))))
 
 

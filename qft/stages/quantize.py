@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
             tensors += quantize_graph(
                 job.run.bundle(export.TARGET) / export.float_files(job.recipe)[graph],
                 aside / files[graph],
-                GraphPlan(grids_of(target), target.accuracy_level),
+                GraphPlan(grids_of(target), target.accuracy_level, _positions(job) if target.fuse else None),
                 mine,
                 job.on_progress,
             )
@@ -103,6 +104,13 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         8 * sum(t.bytes for t in tensors) / weights,
         calibration,
     )
+
+
+def _positions(job: Job) -> int | None:
+    """The longest text that the model was made for, as its configuration says."""
+    config = json.loads((job.run.merged / "config.json").read_text("utf-8"))
+    longest: int | None = config.get("max_position_embeddings")
+    return longest
 
 
 def _lies_in(layer: str, graph: str, graphs: Mapping[str, str]) -> bool:

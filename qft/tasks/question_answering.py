@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxruntime import InferenceSession
+
 from qft.base_model import PlaceHead, load
 from qft.bundle.assets import write_config
 from qft.bundle.golden import GoldenCase, make_cases
@@ -94,7 +96,7 @@ class QuestionAnswering:
         return measure_answers(runner, rows, self.reading, how)
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js and optimum; onnxruntime-genai runs no encoders."""
         write_config(merged, folder, models)

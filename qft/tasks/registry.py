@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onnxruntime import InferenceSession
+
 from qft.bundle.golden import GoldenCase
 from qft.bundle.manifest import Bundle
 from qft.data.encode import EncodeCounts, EncodedRow
@@ -87,9 +89,9 @@ class Task(Protocol):
         """Quality on held-out rows, and every row's answer or, where nothing is to be answered, its loss."""
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
-        """Write the runtimes' configurations into a bundle's folder. models: graph → its file. inputs: of the last graph."""
+        """Write the runtimes' configurations into a bundle's folder. models: graph → its file. session: on the last graph."""
 
     def calibrate(
         self, bundle: Bundle, validation: Sequence[Any], test: Sequence[Any], *, batch_size: int

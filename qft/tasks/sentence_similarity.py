@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxruntime import InferenceSession
+
 from qft.base_encoder import check_encodes, drop_pooler
 from qft.base_model import load
 from qft.bundle.assets import write_config, write_sentence_configs
@@ -95,7 +97,7 @@ class SentenceSimilarity:
         return measure_retrieval(runner, rows, how, temperature=self.temperature)
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js, optimum and sentence-transformers."""
         config = write_config(merged, folder, models)

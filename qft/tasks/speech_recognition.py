@@ -7,6 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxruntime import InferenceSession
+
 from qft.base_model import check_transcribes, load, shorten_encoder
 from qft.bundle.assets import write_seq2seq_configs, write_window
 from qft.bundle.golden import GoldenCase, make_cases
@@ -103,7 +105,7 @@ class SpeechRecognition:
         return measure_transcripts(runner, rows, tokenizer, how)
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js and optimum."""
         write_seq2seq_configs(merged, folder, models)

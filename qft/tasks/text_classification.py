@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxruntime import InferenceSession
+
 from qft.base_model import LabelHead, load
 from qft.bundle.assets import write_config
 from qft.bundle.classifier import Labels
@@ -94,7 +96,7 @@ class TextClassification:
         return measure_labels(runner, rows, self.labels, how)
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js and optimum; onnxruntime-genai runs no classifiers."""
         write_config(merged, folder, models)

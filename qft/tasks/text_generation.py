@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxruntime import InferenceSession
+
 from qft.base_model import check_writes, load
 from qft.bundle.assets import Decoder, write_decoder_configs
 from qft.bundle.golden import GoldenCase, make_cases
 from qft.bundle.manifest import Bundle
+from qft.bundle.session import shares_cache
 from qft.data.encode import EncodeCounts, Encoded, encode_all
 from qft.data.examples import Example
 from qft.data.inspect import check_loss_mask, marked
@@ -93,11 +96,14 @@ class TextGeneration:
         return measure(runner, rows, tokenizer, how)
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js, optimum and onnxruntime-genai."""
         adds_bos = tokenizer.bos_id in tokenizer.encode("", add_special_tokens=True)
-        decoder = Decoder(models["model"], inputs, tokenizer.stop_ids, tokenizer.pad_id, adds_bos)
+        inputs = [i.name for i in session.get_inputs()]
+        decoder = Decoder(
+            models["model"], inputs, shares_cache(session), tokenizer.stop_ids, tokenizer.pad_id, adds_bos
+        )
         write_decoder_configs(merged, folder, decoder)
 
     def calibrate(

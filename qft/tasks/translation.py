@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxruntime import InferenceSession
+
 from qft.base_model import load, read_config
 from qft.bundle.assets import write_seq2seq_configs
 from qft.bundle.golden import GoldenCase, make_cases
@@ -97,7 +99,7 @@ class Translation:
         return measure_translations(runner, rows, tokenizer, how)
 
     def describe(
-        self, merged: Path, folder: Path, models: Mapping[str, str], inputs: Sequence[str], tokenizer: TextTokenizer
+        self, merged: Path, folder: Path, models: Mapping[str, str], session: InferenceSession, tokenizer: TextTokenizer
     ) -> None:
         """For transformers.js and optimum."""
         write_seq2seq_configs(merged, folder, models)

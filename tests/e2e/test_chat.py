@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qft.bundle.cache import Cache
 from qft.bundle.chat import Conversation
 from qft.bundle.manifest import Bundle
-from qft.bundle.session import Cache, OnnxRunner
+from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import Message
 from qft.errors import InputError
 from tests.e2e.conftest import Type, as_json

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,7 +271,7 @@ def test_a_promise_that_is_not_kept_fails_with_its_numbers_and_still_reports(fin
 
 def test_the_file_holds_the_codes_scales_and_zero_points_that_folding_left(finished: Path) -> None:
     import onnx_ir as ir
-    from torch import equal, from_numpy
+    from torch import equal
 
     from qft.quant.grids import unpack
     from qft.quant.store import load_matrices
@@ -280,11 +281,21 @@ def test_the_file_holds_the_codes_scales_and_zero_points_that_folding_left(finis
     assert len(matrices) == 14
     for name, matrix in matrices.items():
         scheme, parts = matrix.scheme, ("q", "scales") if matrix.scheme.symmetric else ("q", "scales", "zero_points")
-        codes, scales, *zeros = (from_numpy(stored[f"{name}_{part}"].const_value.numpy().copy()) for part in parts)
+        codes, scales, *zeros = (rows_of(stored, matrices, name, part) for part in parts)
         assert equal(unpack(codes, scheme.bits, scheme.block), matrix.codes)
         assert equal(scales, matrix.scales)
         if zeros:
             assert equal(unpack(zeros[0], scheme.bits, scales.shape[1]), matrix.zero_points)
+
+
+def rows_of(stored: Any, matrices: Any, layer: str, part: str) -> Any:
+    """A layer's rows of an initializer: products of one input are merged, `q_proj_q+k_proj_q+v_proj_q`."""
+    import torch
+
+    (merged,) = (name for name in stored if f"{layer}_{part}" in name.split("+"))
+    layers = [name.removesuffix(f"_{part}") for name in merged.split("+")]
+    rows = torch.from_numpy(stored[merged].const_value.numpy().copy())
+    return dict(zip(layers, rows.split([len(matrices[name].codes) for name in layers]), strict=True))[layer]
 
 
 def test_without_a_grid_weights_are_rounded_to_nearest(finished: Path, typed: Type) -> None:

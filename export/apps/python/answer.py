@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 BUNDLE = Path(__file__).parent / "bundle"
 MOST_NEW_TOKENS = 128
+ort.set_default_logger_severity(3)  # errors: it warns of inputs that need not be given
 
 
 class Bundle:
