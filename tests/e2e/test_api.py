@@ -94,5 +94,5 @@ def test_run_gives_what_the_command_made_and_takes_keys_for_a_file(
     assert list(found.quality)[:3] == ["base", "tuned", "merged"]
     with pytest.raises(InputError, match="unknown key trainig"):
         qft.run({"model": "m", "data": {"train": "rows.jsonl"}, "trainig": {}}, runs=tmp_path)
-    with pytest.raises(InputError, match="rows"):
+    with pytest.raises(InputError, match="config.json"):
         qft.run({"name": "keys", "model": str(tmp_path), "data": {"train": "rows.jsonl"}}, runs=tmp_path)
