@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import runtime
 from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
 from benchmarks.quantization import QUICK, gap
@@ -57,3 +59,20 @@ def test_what_changed_rows_gain_is_a_mean_over_seeds() -> None:
     assert found["value"] == pytest.approx((50 + 50) / 2)
     assert found["low"] < 50 < found["high"]
     assert gained(plain, plain) == {"value": 0, "low": 0, "high": 0}
+
+
+def test_runtime_is_compared_with_peers_and_not_with_other_runtimes_on_our_bundle() -> None:
+    def trial(way: str, seconds: float) -> dict[str, Any]:
+        spent = {
+            name: [seconds, 9.0, seconds] for name in ("prefill", "prefill_processor", "decode", "decode_processor")
+        }
+        runs = [{"prompt_tokens": 16, "seconds": spent}]
+        return {"way": way, "runs": runs, "load_seconds": 1.0, "peak_memory_bytes": 1, "perplexity": 8.0}
+
+    speeds = {"qft": 0.5, "ORTModel, qft's bundle": 0.25, "raw session, genai's graph": 2.0, "ORTModel, not fused": 1.0}
+    table = [runtime.line(way, 16, [trial(way, seconds)]) for way, seconds in speeds.items()]
+    assert table[0]["prefill"] == 32
+    found = runtime.result(table, weight_bytes=100, bandwidth=1000.0)
+    assert found["decode_16_vs_best_peer"] == 2
+    assert found["decode_16_vs_raw_session"] == 4
+    assert found["share_of_bandwidth_16"] == 0.2
