@@ -179,6 +179,9 @@ def test_a_column_that_no_row_has_is_named_and_the_others_are_given(classified: 
     assert "label" in done.stderr
     found = as_json(typed(classified, "qft report recipe.yaml report.slices=[text] --json"))
     assert {one["by"] for one in found["slices"]} == {"length", "label"}  # every text is another: no slice of five rows
+    assert (
+        typed(classified, "qft report recipe.yaml").returncode == 0
+    )  # the run is the recipe's again, without the override
 
 
 def test_quality_is_given_by_a_column_as_long_as_the_rows_are_those_of_the_run(classified: Path, typed: Type) -> None:
