@@ -36,6 +36,8 @@ LEVELS = [
         "recipe_reference",
         "recipe_loader",
         "recipe_index",
+        "device_memory",
+        "device",
         "sources",
         "sources_pypi",
         "base_ctranslate2",
@@ -175,7 +177,7 @@ VALUES = {
     "data.audio_column": "a", "data.audio_folder": "a", "speech.window_seconds": 3, "translation.source": "a",
     "translation.target": "a",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
-    "lora.modules_to_save": ["embed_tokens"],
+    "lora.modules_to_save": ["embed_tokens"], "quantization.skip_modules": ["down_proj"],
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
 from qft.console import Screen, print_json, print_line, print_marked, print_table
 from qft.data.inspect import DataReport
+from qft.device import Choices
+from qft.measure.speed import mb
 
 _SHOWN_ROWS = 3
 _SHOWN_LABELS = 12
@@ -25,7 +27,9 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     """
     from qft import pipeline
     from qft.data.tokenizer import TextTokenizer
-    from qft.stages import prepare
+    from qft.device_memory import ModelSize
+    from qft.known_bases import run_bytes
+    from qft.stages import prepare, tune
 
     screen = Screen(quiet=as_json)
     with screen.shown(), open_job(arguments, runs=runs, required=False, on_progress=screen.on_progress) as job:
@@ -34,6 +38,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         tokenizer = TextTokenizer.load(facts.base_folder)
         task = job.task
         rows = [(row.where, task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
+        how, size = tune.choices(job), ModelSize.of(facts.base_folder)
         todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
     if as_json:
         print_json(
@@ -42,6 +47,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 "warnings": facts.report.warnings(),
                 "sources": [asdict(s) for s in [facts.model, *facts.data]],
                 "stages": todo,
+                "tuning": asdict(how),
+                "predicted_run_bytes": run_bytes(size.weights),
                 "rows": [
                     {"where": where, "runs": [{"text": text, "in_loss": flag} for text, flag in runs]}
                     for where, runs in rows
@@ -81,6 +88,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 f"{report.nothing_in_loss:,} dropped for it, "
                 f"{report.unknown_tokens:,} unknown tokens",
             ),
+            ("tuned on", _tuning_text(how)),
+            ("memory", f"about {mb(run_bytes(size.weights))} for the whole run"),
         ],
     )
     for warning in facts.report.warnings():
@@ -88,6 +97,14 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _tuning_text(how: Choices) -> str:
+    """On what and how, and what differs from the recipe."""
+    where = "the processor" if how.device == "cpu" else f"{how.device}, {mb(how.predicted_bytes)} predicted at the peak"
+    rows = f"{how.batch_size} rows at once" + (f", {how.accumulation} times a step" if how.accumulation > 1 else "")
+    kind = f"{how.dtype}{' with the loss scaled' if how.loss_scaling else ''}" if how.dtype != "auto" else ""
+    return "; ".join(filter(None, [where, rows, kind, *how.notes]))
 
 
 def _leaks(report: DataReport) -> list[tuple[str, str]]:
