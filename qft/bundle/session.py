@@ -23,7 +23,7 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml", "openvino": "onnxruntime-openvino"}
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass
@@ -96,7 +96,7 @@ class OnnxRunner:
         inputs = {i.name: i for i in self.session.get_inputs()}
         self._named_positions = "position_ids" in inputs
         self._past = {
-            name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
+            name: (i.shape, FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
         }
 
     def prefill(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[np.ndarray, Cache]:

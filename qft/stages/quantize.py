@@ -85,7 +85,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
             tensors += quantize_graph(
                 job.run.bundle(export.TARGET) / export.float_files(job.recipe)[graph],
                 aside / files[graph],
-                GraphPlan(grids_of(target), target.accuracy_level),
+                GraphPlan(grids_of(target) if target.linear else None, target.accuracy_level, target.half),
                 mine,
                 job.on_progress,
             )
@@ -100,7 +100,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         quality,
         size_bytes(job.run.bundle(target.name)),
         weights,
-        8 * sum(t.bytes for t in tensors) / weights,
+        8 * sum(t.bytes for t in tensors) / weights if weights else 16.0,
         calibration,
     )
 
