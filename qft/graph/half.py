@@ -19,10 +19,9 @@ _MASK = 1e4  # for constants beyond float16: they hide positions, and a sum with
 _NORMS = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization",
           "SkipLayerNormalization", "InstanceNormalization", "GroupNormalization"}  # fmt: skip
 _OF_A_NORM = {"Add", "Sqrt", "Reciprocal", "Div", "Mul", "Sub", "Pow", "ReduceMean"}
-_TYPES = dict.fromkeys(("Shape", "Size", "ArgMax", "ArgMin", "NonZero"), ir.DataType.INT64) | dict.fromkeys(
-    ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf"),
-    ir.DataType.BOOL,
-)
+_BOOLEAN = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
+_INTEGER = ("Shape", "Size", "ArgMax", "ArgMin", "NonZero")
+_TYPES = dict.fromkeys(_INTEGER, ir.DataType.INT64) | dict.fromkeys(_BOOLEAN, ir.DataType.BOOL)
 _CACHE = ("past_key_values.", "present.")
 
 
