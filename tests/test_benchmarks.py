@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,23 @@ def test_what_changed_rows_gain_is_a_mean_over_seeds() -> None:
     assert found["value"] == pytest.approx((50 + 50) / 2)
     assert found["low"] < 50 < found["high"]
     assert gained(plain, plain) == {"value": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.slow
+def test_the_script_for_cards_runs_dry() -> None:
+    """Every part, on a tiny model on this processor: what it would do on a card, but for the card."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu/run.sh", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)["parts"]
+    assert set(parts) == {"nf4_gradients", "paged_optimizer", "loss_kernel", "decode", "training", "training_1b"}
+    assert all(part["passed"] for part in parts.values())
+    assert parts["training"]["qft"]["tokens_per_second"] > 0
+    assert parts["loss_kernel"]["float32"]["loss_error"] < 1e-4

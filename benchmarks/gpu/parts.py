@@ -195,7 +195,7 @@ def loss_kernel(setting: Setting) -> dict[str, Any]:
     found: dict[str, Any] = {"passed": True}
     # float32's sums of `width`; bfloat16 rounds logits to 8 bits, so that a loss of many tokens is right to 1 %.
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
-        x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype)
+        x, w = hidden.detach().clone().to(dtype).requires_grad_(), weight.to(dtype)
         y = x.detach().double().requires_grad_()
         exact = torch.nn.functional.cross_entropy(y @ w.double().t(), targets, reduction="sum")
         exact.backward()

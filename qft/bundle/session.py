@@ -62,13 +62,18 @@ def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.Infer
         raise InputError(
             f"this onnxruntime has no {provider} provider; it has {', '.join(there)}",
             where="--provider",
-            hint=f"pip uninstall -y onnxruntime && pip install {package}" if package else "use --provider cpu",
+            hint=f"python -m pip uninstall --yes onnxruntime\n  python -m pip install {package}"
+            if package
+            else "use --provider cpu",
         )
     if not model.exists():
         raise InputError(f"no model at {model}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if provider == "cuda":
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries out of pip's packages, torch's among them
     try:
         session = ort.InferenceSession(str(model), options, providers=[wanted])
     except Exception as error:  # onnxruntime's own errors share no base but Exception
