@@ -11,8 +11,8 @@ import torch
 
 from qft.base_model import load
 from qft.stages.merge import choose
-from qft.training.lora import Lora, round_base, trainable
 from qft.training.forward import Validation
+from qft.training.lora import Lora, round_base, trainable
 
 
 def measured(nats: np.ndarray) -> Validation:
