@@ -169,3 +169,20 @@ def test_a_speech_model_of_two_graphs_and_two_branches_hears_the_same(tiny_whisp
         second, _ = network.decode(ids[:, :1], states, cache)
         said.append(np.concatenate([first, second], axis=1))
     np.testing.assert_allclose(said[1], said[0], atol=0.05)  # 8-bit codes of scales that were rounded to 11 bits
+
+
+def test_activations_that_float16_may_not_hold_are_named(tiny_model: Path) -> None:
+    from qft.base_model import load
+    from qft.quant.ranges import large_activations
+    from qft.training.causal import CausalForward
+    from tests.conftest import answered_rows
+
+    model, forward = load(tiny_model, base="none", double_quant=True, compute_dtype="float32"), CausalForward(2)
+    assert large_activations(model, answered_rows(), forward.feed) == {}
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e6
+    found = large_activations(model, answered_rows(), forward.feed)
+    assert {"model.layers.1.mlp.down_proj", "model.layers.1.mlp", "model.layers.1"} <= set(found)
+    assert "model.layers.0.mlp.down_proj" not in found
+    assert not any("norm" in name for name in found)
+    assert min(found.values()) > 1e4

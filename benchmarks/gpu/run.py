@@ -43,9 +43,9 @@ def row(found: dict[str, Any]) -> str:
         value: Any = found["parts"]
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        return form.format(value) if isinstance(value, int | float) and value else "–"
+        return form.format(value) if isinstance(value, int | float) else "–"
 
-    def both(*keys: str, form: str, times: float = 1.0) -> str:
+    def both(*keys: str, form: str) -> str:
         return ", ".join(at(part, *keys, form=form) for part in ("training", "training_1b"))
 
     peaks = ", ".join(

@@ -34,7 +34,7 @@ class Assignment:
             listed = ", ".join(f"{count} {name}" for name, count in self.on_cpu.items())
             raise StageError(
                 f"{self.share_on_cpu:.0%} of the nodes fell back from {self.provider} to the processor: {listed}",
-                hint="take a target made for it, see export/targets/; `qft plan` lists what a provider lacks",
+                hint="take a target that is made for it, see docs/gpu.md",
             )
 
 
