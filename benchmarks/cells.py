@@ -75,7 +75,7 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     from qft.base_model import load
     from qft.bundle.assets import copy_tokenizer
     from qft.training.causal import CausalForward
-    from qft.training.lora import round_base_to_4bit
+    from qft.training.lora import round_base
     from qft.training.runner import TorchRunner
 
     best: tuple[float, Any, Any] | None = None
@@ -93,7 +93,7 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     for way in ways(kind):
         base = load(place.base, base="none", double_quant=False, compute_dtype="bfloat16")
         if way != "16-bit base":
-            round_base_to_4bit(base, base=kind, double_quant=True)
+            round_base(base, base=kind, double_quant=True)
         models[way] = _lora(place).merge(base, adapter).float()
     forward = CausalForward(place.tokenizer.pad_id)
     found = {way: forward.validate(each, place.rows["validation"], 16) for way, each in models.items()}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import math
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qft.base_ctranslate2 import convert_whisper, is_ctranslate2
 from qft.base_gguf import CONVERSION, convert_gguf
+from qft.device import attention, compute_type
 from qft.errors import InputError
 from qft.files import exclusive
 from qft.libraries import quiet_transformers
@@ -110,13 +109,9 @@ def check_transcribes(folder: Path) -> None:
         )
 
 
-# Rows up to this length are faster with plain attention on a CPU: training SmolLM2 on rows of 60 tokens ran at 440 tokens/s
-# against 351 with torch's fused kernel, whose forward pass took a fifth of the step. Longer rows need its smaller memory.
-_PLAIN_ATTENTION_TOKENS = 512
-
-
 # Layers that stay float in a 4-bit model with a head: new ones that learn whole, and the small ones before them.
 HEAD_PARTS = frozenset({"classifier", "score", "pre_classifier", "pooler", "qa_outputs"})
+_WORD_HEADS = ("lm_head", "proj_out", "embed_out")  # transformers leaves these alone unless it is told of other layers
 
 
 def load(
@@ -125,6 +120,7 @@ def load(
     base: str,
     double_quant: bool,
     compute_dtype: str,
+    skip_modules: Sequence[str] = (),
     longest: int | None = None,
     device: str = "cpu",
     head: LabelHead | PlaceHead | None = None,
@@ -133,8 +129,10 @@ def load(
     """A model for training or measuring: one with a head over labels or over places in a text, or (no head) what transformers'
     class `auto` opens.
 
-    base: nf4, fp4 (bitsandbytes 4-bit linear layers) or none (compute_dtype).
-    compute_dtype: a torch type's name, or auto (see `compute_type`).
+    base: nf4, fp4 (bitsandbytes 4-bit linear layers), int8 (its LLM.int8) or none (compute_dtype). A checkpoint that is
+    quantized already stays as it is, unless base is none.
+    compute_dtype: a torch type's name, or auto (see `qft.device.compute_type`).
+    skip_modules: layers that stay float in a quantized base.
     longest: tokens of the longest row it will be fed, None if that is not known.
     """
     quiet_transformers()
@@ -142,16 +140,21 @@ def load(
 
     dtype = compute_type(compute_dtype, device)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    if device == "cpu" and longest is not None and longest <= _PLAIN_ATTENTION_TOKENS:
+    if attention(device, longest) == "eager":
         options["attn_implementation"] = "eager"
-    if base != "none" and not is_quantized(folder):
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=base,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=sorted(HEAD_PARTS) if head else None,
-        )
+    if base != "none":
+        if device != "cpu":
+            options["device_map"] = {"": device}  # quantized there, layer by layer, as it is read
+        if not is_quantized(folder):
+            skipped = [*skip_modules, *(sorted(HEAD_PARTS) if head else _WORD_HEADS)]
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_8bit=base == "int8",
+                load_in_4bit=base != "int8",
+                bnb_4bit_quant_type="nf4" if base == "int8" else base,
+                bnb_4bit_use_double_quant=double_quant,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=skipped if skip_modules or head else None,
+            )
     model: Any
     if head is None:
         model = getattr(transformers, auto).from_pretrained(folder, **options)
@@ -252,35 +255,6 @@ def _start_at_shares(linear: Any, head: LabelHead) -> None:
         linear.weight.zero_()
         if linear.bias is not None:
             linear.bias.copy_(torch.logit(shares) if head.several else shares.log())
-
-
-def compute_type(name: str, device: str = "cpu") -> Any:
-    """The torch dtype that a recipe names; for auto bfloat16 where this machine multiplies it fast, else float32.
-
-    A processor without bfloat16 instructions multiplies it 2 to 100 times slower than float32 (AVX2: 1-20 against 100
-    GFLOP/s), one with them (AVX512-BF16, AMX, recent GPUs) up to 7 times faster, so a few products are timed.
-    """
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    if device != "cpu":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    return torch.bfloat16 if _multiply_seconds(torch.bfloat16) < _multiply_seconds(torch.float32) else torch.float32
-
-
-@functools.cache
-def _multiply_seconds(dtype: Any) -> float:
-    """Of a layer's forward and backward product, the best of three after a warm-up."""
-    import torch
-
-    x, weight = torch.ones(64, 576, dtype=dtype), torch.ones(576, 576, dtype=dtype)
-    best = math.inf
-    for trial in range(4):
-        began = time.perf_counter()
-        torch.nn.functional.linear(x, weight) @ weight
-        best = min(best, time.perf_counter() - began) if trial else math.inf
-    return best
 
 
 def is_quantized(folder: Path) -> bool:

@@ -37,11 +37,16 @@ class KnownBase(BaseModel):
     @property
     def run_bytes(self) -> int:
         """Predicted peak memory of a run."""
-        return round(_LIBRARIES_BYTES + _BYTES_A_WEIGHT * self.millions * 1e6)
+        return run_bytes(self.millions * 1e6)
 
     def knows(self, *languages: str) -> bool:
         """Whether it was trained on all of these."""
         return self.languages == "many" or set(languages) <= set(self.languages)
+
+
+def run_bytes(weights: float) -> int:
+    """Predicted peak memory of a run on a processor, with a base of so many weights."""
+    return round(_LIBRARIES_BYTES + _BYTES_A_WEIGHT * weights)
 
 
 def known_bases() -> tuple[KnownBase, ...]:

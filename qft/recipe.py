@@ -97,12 +97,17 @@ class DataKeys(Section):
 class QuantizationKeys(Section):
     """How the frozen base is held while training (the QLoRA paper, arXiv 2305.14314), and what becomes of it."""
 
-    base: Literal["nf4", "fp4", "none"] = Field(
-        "nf4", description="4-bit type of the frozen weights; none keeps 16 bits"
+    base: Literal["nf4", "fp4", "int8", "none"] = Field(
+        "nf4", description="type of the frozen weights: 4 bits, or 8 (LLM.int8, arXiv 2208.07339); none keeps 16 bits"
     )
     double_quant: bool = Field(True, description="quantize the block scales as well (saves 0.4 bits a weight)")
+    skip_modules: list[str] | None = Field(
+        None, description="linear layers of the frozen base that keep 16 bits, as [down_proj]"
+    )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="type of the matrix products; auto: bfloat16 where this machine multiplies it fast"
+        "auto",
+        description="type of the matrix products; auto: bfloat16 where this machine multiplies it fast, on older cards "
+        "float16, with the loss scaled",
     )
     grid: Literal["int4", "none"] = Field(
         "int4",
@@ -145,6 +150,10 @@ class LoraKeys(Section):
 class TrainingKeys(Section):
     """The training loop."""
 
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto",
+        description="where the model is tuned; auto: on the GPU if it holds the base and a step, see docs/gpu.md",
+    )
     epochs: Positive = Field(1, description="passes over the training rows")
     learning_rate: Positive = Field(2e-4, description="peak of the cosine schedule")
     warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")

@@ -60,6 +60,8 @@ _OTHER_WORDS = {
     "max_grad_norm": "training.max_grad_norm",
     "gradient_checkpointing": "training.gradient_checkpointing",
     "load_in_4bit": "quantization.base",
+    "load_in_8bit": "quantization.base",
+    "llm_int8_skip_modules": "quantization.skip_modules",
     "bnb_4bit_quant_type": "quantization.base",
     "quantization_bit": "quantization.base",
     "bnb_4bit_use_double_quant": "quantization.double_quant",

@@ -30,17 +30,25 @@ class Target(BaseModel):
 
     name: str
     suffix: str
-    linear: Weights = Field(description="linear layers")
+    provider: Literal["cpu", "cuda", "directml", "openvino", "coreml", "webgpu"] = Field(
+        "cpu", description="onnxruntime's execution provider that runs it"
+    )
+    linear: Weights | None = Field(None, description="linear layers; none: they stay float, as embedding and head do")
     finer: tuple[Weights, ...] = Field(
         (), description="for the linear layers that `linear` hurts most, if folding finds them"
     )
     most_bits: float = Field(math.inf, description="a weight, over all linear layers: how many of them may be finer")
-    head: Weights = Field(description="embedding and head: one array for both where they are tied")
+    head: Weights | None = Field(None, description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
-    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(description="of onnxruntime's MatMulNBits")
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(0, description="of onnxruntime's MatMulNBits")
     fuse: bool = Field(
-        description="a decoder's layers into onnxruntime's own operators, where they are as qft knows them"
+        False, description="a decoder's layers into onnxruntime's own operators, where they are as qft knows them"
     )
+
+    @property
+    def half(self) -> bool:
+        """Whether activations, and with them scales, are float16."""
+        return self.scale_type == "float16"
 
     def files(self, graphs: Iterable[str]) -> dict[str, str]:
         """Graph → its ONNX file inside the bundle."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +79,23 @@ def test_runtime_is_compared_with_peers_and_not_with_other_runtimes_on_our_bundl
     assert found["decode_16_vs_best_peer"] == 2
     assert found["decode_16_vs_raw_session"] == 4
     assert found["share_of_bandwidth_16"] == 0.2
+
+
+@pytest.mark.slow
+def test_the_script_for_cards_runs_dry() -> None:
+    """Every part, on a tiny model on this processor: what it would do on a card, but for the card."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu/run.sh", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHON": sys.executable},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)["parts"]
+    assert set(parts) == {"nf4_gradients", "paged_optimizer", "loss_kernel", "decode", "training", "training_1b"}
+    assert all(part["passed"] for part in parts.values())
+    assert parts["training"]["qft"]["tokens_per_second"] > 0
+    assert parts["loss_kernel"]["float32"]["loss_error"] < 1e-4

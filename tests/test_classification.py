@@ -25,7 +25,7 @@ from qft.progress import silent
 from qft.training.classify import ClassifierForward, TorchClassifier, label_nats, wanted_labels
 from qft.training.head import Seen, fit_linear
 from qft.training.loop import fine_tuning, train
-from qft.training.lora import Lora, round_base_to_4bit, trainable
+from qft.training.lora import Lora, round_base, trainable
 from tests.conftest import short_schedule
 
 NAMES = ("complaint", "praise", "question")
@@ -75,7 +75,7 @@ def test_the_head_that_learnt_is_saved_and_merged(
     model.save_pretrained(tmp_path)
     plain = loaded(folder)
     if base == "nf4":
-        round_base_to_4bit(plain, base="nf4", double_quant=True)
+        round_base(plain, base="nf4", double_quant=True)
     merged = lora.merge(plain, tmp_path)
     texts = [[2, 40, 41, 3], [2, 50, 3]]
     expected = TorchClassifier(model, PAD).logits(texts, 1)

@@ -36,6 +36,8 @@ LEVELS = [
         "recipe_reference",
         "recipe_loader",
         "recipe_index",
+        "device_memory",
+        "device",
         "sources",
         "sources_pypi",
         "base_ctranslate2",
@@ -116,6 +118,14 @@ def test_files_can_be_held_in_the_head_and_public_things_are_explained(path: Pat
             assert ast.get_docstring(node), node.name
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_device_is_an_argument(path: Path) -> None:
+    calls = [n.func for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
+    assert not [c.lineno for c in calls if isinstance(c, ast.Attribute) and c.attr == "cuda"], (
+        ".cuda() fixes the device"
+    )
+
+
 def fresh(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     return done.stdout
@@ -188,6 +198,7 @@ VALUES = {
     "translation.target": "a",
     "export.targets": ["cpu-int8"], "export.budget.max_worse": "9 points", "lora.target_modules": "q_proj",
     "lora.modules_to_save": ["embed_tokens"], "training.trackers": ["tensorboard"], "report.slices": ["a"],
+    "quantization.skip_modules": ["down_proj"],
 }  # fmt: skip
 
 

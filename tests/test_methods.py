@@ -16,7 +16,7 @@ from qft.errors import InputError
 from qft.training.causal import CausalForward
 from qft.training.classify import ClassifierForward
 from qft.training.loop import fine_tuning, train
-from qft.training.lora import Lora, round_base_to_4bit, trainable
+from qft.training.lora import Lora, round_base, trainable
 from qft.training.methods import Method, Weights
 from tests.conftest import answered_rows, short_schedule
 
@@ -35,7 +35,7 @@ def merge_base(folder: Path, *, rounded: bool = False) -> Any:
     """What an adapter is merged into, as the stage makes it."""
     model = base_model(folder, dtype="bfloat16")
     if rounded:
-        round_base_to_4bit(model, base="nf4", double_quant=True)
+        round_base(model, base="nf4", double_quant=True)
     return model
 
 
@@ -139,7 +139,7 @@ def test_the_head_learns_alone(tiny_encoder: Path, tmp_path: Path, base: str) ->
     )
     plain = loaded("none")
     if base == "nf4":
-        round_base_to_4bit(plain, base="nf4", double_quant=True)
+        round_base(plain, base="nf4", double_quant=True)
     merged = method.merge(plain, keep(method, model, tmp_path / "kept"))
     ids = torch.tensor([[2, 11, 3]])
     with torch.no_grad():

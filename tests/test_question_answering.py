@@ -29,7 +29,7 @@ from qft.measure.agreement import Comparison, Record
 from qft.measure.answers import exact_match, f1, measure_answers, words
 from qft.measure.quality import Measuring
 from qft.tasks.question_answering import QuestionAnswering
-from qft.training.lora import Lora, round_base_to_4bit, trainable
+from qft.training.lora import Lora, round_base, trainable
 from qft.training.read import Feed, ReaderForward, TorchReader, answer_nats
 from tests.conftest import BAD, GOOD, PLACES
 
@@ -385,7 +385,7 @@ def test_the_head_that_learnt_is_saved_and_merged(
     plain = load(tiny_encoder, base="none", double_quant=True, compute_dtype="float32", head=PlaceHead())
     assert not plain.qa_outputs.weight.any()  # a new head starts at zero: all places are alike
     if base == "nf4":
-        round_base_to_4bit(plain, base="nf4", double_quant=True)
+        round_base(plain, base="nf4", double_quant=True)
     merged, rows = LORA.merge(plain, tmp_path), [w.input_ids for w in asked(tokenizer, max_length=24)]
     expected = TorchReader(model, feeding).logits(rows, 2)
     np.testing.assert_allclose(TorchReader(merged, feeding).logits(rows, 2), expected, rtol=1e-3, atol=1e-4)

@@ -17,6 +17,7 @@ import bitsandbytes
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from safetensors import safe_open
 
 from qft.base_model import load
 from qft.data.encode import Encoded, shared_prefix
@@ -46,8 +47,8 @@ def rows(count: int, seed: int = 0) -> list[Encoded]:
     return made
 
 
-def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32") -> Any:
-    model = LORA.attach(load(folder, base=base, double_quant=True, compute_dtype=dtype))
+def tuned(folder: Path, *, base: str = "nf4", dtype: str = "float32", r: int = 4) -> Any:
+    model = replace(LORA, r=r).attach(load(folder, base=base, double_quant=True, compute_dtype=dtype))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -133,13 +134,24 @@ def test_accumulation_gives_the_same_run(tiny_model: Path, tmp_path: Path) -> No
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-3, atol=1e-4)
 
 
-def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "r"),
+    [
+        ("adamw", "float32", 4),
+        ("adamw", "float16", 4),
+        ("paged_adamw_8bit", "float32", 64),
+    ],  # 4,096 weights: 8-bit state
+)
+def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(
+    optimizer: str, dtype: str, r: int, tiny_model: Path, tmp_path: Path
+) -> None:
     data, held_out = rows(40), rows(6, seed=9)
 
     def go(folder: Path, on_progress: Any = lambda _: None) -> Any:
-        model = tuned(tiny_model)
-        return model, train(model, data, held_out, SCHEDULE, TUNING, folder=folder, metrics=folder / "m.jsonl",
-                            plan="p", on_progress=on_progress)  # fmt: skip
+        model = tuned(tiny_model, dtype=dtype, r=r)
+        return model, train(model, data, held_out, SCHEDULE, TUNING, folder=folder, metrics=folder / "m.jsonl", plan="p",
+                            optimizer=optimizer, loss_scaling=dtype == "float16", on_progress=on_progress)  # fmt: skip
 
     def interrupt(report: Any) -> None:
         if report.done == 4:
@@ -183,6 +195,47 @@ def test_a_checkpoint_of_another_plan_is_not_used(tiny_model: Path, tmp_path: Pa
         result = train(tuned(tiny_model), rows(8), rows(4, seed=9), SCHEDULE, TUNING, folder=tmp_path,
                        metrics=tmp_path / "m.jsonl", plan=plan)  # fmt: skip
         assert result.resumed_from_step == 0
+
+
+def test_float16_learns_what_float32_does_only_with_the_loss_scaled(tiny_model: Path, tmp_path: Path) -> None:
+    """The loss is made small, as that of a long row's single token is: unscaled, its gradients are below float16's least."""
+
+    def small(model: Any, batch: Any) -> torch.Tensor:
+        return FORWARD.loss(model, batch) * 2.0**-20
+
+    learnt = {}
+    for dtype, scaling in (("float32", False), ("float16", True), ("float16", False)):
+        model, folder = tuned(tiny_model, base="none", dtype=dtype), tmp_path / f"{dtype}-{scaling}"
+        before = {name: p.detach().clone() for name, p in trainable(model).items()}
+        train(model, rows(16), rows(4, seed=9), short_schedule(warmup_ratio=0), replace(TUNING, loss_of=small), folder=folder,
+              metrics=folder / "m.jsonl", plan="p", loss_scaling=scaling)  # fmt: skip
+        moved = [(p.detach() - before[name]).flatten() for name, p in trainable(model).items()]
+        learnt[dtype, scaling] = torch.cat(moved)
+    whole, scaled, unscaled = learnt.values()
+    assert torch.nn.functional.cosine_similarity(whole, scaled, dim=0) > 0.95
+    assert unscaled.count_nonzero() < 0.1 * whole.count_nonzero()
+
+
+def test_a_step_that_overflows_float16_is_left_out_and_the_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    """One target a step: the scale begins at 65,536, which is beyond float16's largest number, 65,504."""
+    data = [replace(row, in_loss=(False,) * (len(row.input_ids) - 1) + (True,)) for row in rows(12)]
+    schedule = short_schedule(batch_size=1)
+    model = tuned(tiny_model, base="none", dtype="float16")
+    start = {name: p.detach().clone() for name, p in trainable(model).items()}
+    unchanged: list[bool] = []
+
+    def look(report: Any) -> None:
+        unchanged.append(all(torch.equal(p, start[name]) for name, p in trainable(model).items()))
+
+    train(model, data, rows(4, seed=9), schedule, TUNING, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p",
+          loss_scaling=True, on_progress=look)  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    left_out = ["grad_norm" not in line for line in lines]
+    assert left_out[0]
+    assert not left_out[-1]
+    assert unchanged == [step < left_out.index(False) for step in range(12)]
+    with safe_open(tmp_path / "last.safetensors", "pt") as checkpoint:
+        assert json.loads(checkpoint.metadata()["position"])["loss_scale"] == 65536 / 2 ** sum(left_out)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def write_config(merged: Path, bundle: Path, models: Mapping[str, str]) -> dict[
     suffix = Path(file).stem.removeprefix(graph).lstrip("_")
     data_type = {"": "fp32", "quantized": "int8"}.get(suffix, suffix)
     config["transformers.js_config"] = {"dtype": data_type, "use_external_data_format": True}
+    if data_type in ("fp16", "q4f16"):
+        config["transformers.js_config"]["kv_cache_dtype"] = {data_type: "float16"}
     write_json(bundle / "config.json", config)
     return config
 

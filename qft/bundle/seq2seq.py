@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
-from qft.bundle.session import open_session
+from qft.bundle.session import FLOATS, open_session
 from qft.data.audio import Clip, log_mel, samples
 from qft.data.sequences import Given, Source, positions
 from qft.data.tokenizer import TextTokenizer
@@ -177,7 +177,11 @@ class OnnxNetwork:
         self.reader = reader
         self._outputs = [o.name for o in self.decoder.get_outputs()]
         self._inputs = {i.name for i in self.decoder.get_inputs()}
-        self._past = {i.name: i.shape for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")}
+        self._past = {
+            i.name: (i.shape, FLOATS[i.type])
+            for i in self.decoder.get_inputs()
+            if i.name.startswith("past_key_values.")
+        }
 
     def encode(self, sources: Sequence[Source]) -> list[np.ndarray]:
         """float32 (positions, width) of each, without those that only fill up."""
@@ -194,7 +198,7 @@ class OnnxNetwork:
                 for name, values in _side_by_side(states).items()
                 if name in self._inputs
             }
-            empty = {n: np.zeros((len(ids), s[1], 0, s[3]), np.float32) for n, s in self._past.items()}
+            empty = {n: np.zeros((len(ids), s[1], 0, s[3]), kind) for n, (s, kind) in self._past.items()}
             past = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
         else:
             of_encoder, past = cache

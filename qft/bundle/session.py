@@ -24,7 +24,7 @@ PROVIDERS = {
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml", "openvino": "onnxruntime-openvino"}
 SHARED_CACHE = "qft.shared_cache"  # in the metadata of a graph whose attention is fused
 KEPT_LOGITS = "num_logits_to_keep"  # an input of such a graph that need not be given: 0, for all
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def shares_cache(session: ort.InferenceSession) -> bool:
@@ -50,13 +50,18 @@ def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.Infer
         raise InputError(
             f"this onnxruntime has no {provider} provider; it has {', '.join(there)}",
             where="--provider",
-            hint=f"pip uninstall -y onnxruntime && pip install {package}" if package else "use --provider cpu",
+            hint=f"python -m pip uninstall --yes onnxruntime\n  python -m pip install {package}"
+            if package
+            else "use --provider cpu",
         )
     if not model.exists():
         raise InputError(f"no model at {model}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if provider == "cuda":
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries out of pip's packages, torch's among them
     try:
         session = ort.InferenceSession(str(model), options, providers=[wanted])
     except Exception as error:  # onnxruntime's own errors share no base but Exception
@@ -84,7 +89,7 @@ class OnnxRunner:
         inputs = {i.name: i for i in self.session.get_inputs()}
         self._named_positions = "position_ids" in inputs
         self._past = {
-            name: (i.shape, _FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
+            name: (i.shape, FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
         }
         self._fused = shares_cache(self.session)
         self._keeps_logits = KEPT_LOGITS in {i.name for i in self.session.get_overridable_initializers()}

@@ -12,6 +12,7 @@ import psutil
 
 from qft.cli.options import shared
 from qft.console import Screen, print_json, print_line, print_table, print_tick
+from qft.device import Device, accelerator, compute_dtype
 from qft.errors import Problem
 from qft.known_bases import known_bases
 from qft.measure.machine import machine, memory_bandwidth, versions
@@ -39,7 +40,7 @@ def doctor_command(as_json: bool) -> None:
         for trial in trials():
             done.append(trial)
             screen.on_progress(Progress(f"tried {trial.name}", 0))
-    cache, packages = cache_folder(), onnxruntime_packages()
+    cache, packages, card = cache_folder(), onnxruntime_packages(), _card()
     free_disk, free_memory = _free_disk(cache), psutil.virtual_memory().available
     problems = [*_of_trials(done, packages), *_of_room(cache, free_disk, free_memory)]
     providers = _providers()
@@ -51,6 +52,7 @@ def doctor_command(as_json: bool) -> None:
                 "trials": [asdict(trial) for trial in done],
                 "machine": asdict(here),
                 "versions": versions(),
+                "card": asdict(card) if card else None,
                 "onnxruntime_packages": packages,
                 "providers": providers,
                 "memory_bandwidth_bytes_per_second": bandwidth,
@@ -68,6 +70,7 @@ def doctor_command(as_json: bool) -> None:
                 ("memory", f"{mb(here.memory_bytes)}, {mb(free_memory)} of it free; {mb(bandwidth)}/s, measured"),
                 ("disk", f"{mb(free_disk)} free where downloads are kept: {cache} ({mb(_used(cache))})"),
                 ("system", f"{here.system}, Python {here.python}"),
+                ("card", f"{card}, tuned in {compute_dtype(card)}" if card else "none that torch sees"),
                 ("onnxruntime", f"{_listed(packages) or 'not installed'}: {', '.join(providers)}"),
                 ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
             ],
@@ -75,6 +78,10 @@ def doctor_command(as_json: bool) -> None:
         print_line("")
         for trial in done:
             print_tick(not trial.problem, f"{trial.seconds:5.1f} s  {trial.name}")
+        if card and card.kind == "cuda" and set(packages) == {"onnxruntime"}:
+            print_line(
+                f"\nThis onnxruntime runs on the processor alone. For the card:\n  {_exchange(packages, 'onnxruntime-gpu')}"
+            )
         print_line("\nready" if not problems else "\nnot ready:\n" + "\n".join(map(str, problems)))
     if problems:
         sys.exit(1)
@@ -84,12 +91,21 @@ def _of_trials(done: list[Trial], packages: dict[str, str]) -> list[Problem]:
     problems = [Problem(trial.problem, trial.name, trial.hint) for trial in done if trial.problem]
     if len(packages) > 1:
         wanted = next(name for name in packages if name != "onnxruntime")
-        both = (
-            f"python -m pip uninstall --yes {' '.join(packages)}\n  python -m pip install {wanted}=={packages[wanted]}   "
-            "# or onnxruntime, for the processor alone"
-        )
+        both = f"{_exchange(packages, f'{wanted}=={packages[wanted]}')}   # or onnxruntime, for the processor alone"
         problems.append(Problem(f"{_listed(packages)} write over each other's module", "onnxruntime", both))
     return problems
+
+
+def _exchange(packages: dict[str, str], wanted: str) -> str:
+    """The two lines to type: pip does not see that these packages own one module, so it cannot put one in another's place."""
+    return f"python -m pip uninstall --yes {' '.join(packages)}\n  python -m pip install {wanted}"
+
+
+def _card() -> Device | None:
+    try:
+        return accelerator()
+    except Exception:  # a broken torch is found, and named, by the trials
+        return None
 
 
 def _of_room(cache: Path, free_disk: int, free_memory: int) -> list[Problem]:

@@ -11,7 +11,9 @@ from qft import recipe_reference
 from qft.cli.options import on_job, open_job, shared
 from qft.console import Screen, print_json, print_line, print_marked, print_table
 from qft.data.inspect import DataReport
+from qft.device import Choices
 from qft.licences import warning
+from qft.measure.speed import mb
 
 _SHOWN_ROWS = 3
 _SHOWN_LABELS = 12
@@ -26,7 +28,9 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     """
     from qft import pipeline
     from qft.data.tokenizer import TextTokenizer
-    from qft.stages import prepare
+    from qft.device_memory import ModelSize
+    from qft.known_bases import run_bytes
+    from qft.stages import prepare, tune
 
     screen = Screen(quiet=as_json)
     with screen.shown(), open_job(arguments, runs=runs, required=False, on_progress=screen.on_progress) as job:
@@ -35,6 +39,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         tokenizer = TextTokenizer.load(facts.base_folder)
         task = job.task
         rows = [(row.where, task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
+        how, size = tune.choices(job), ModelSize.of(facts.base_folder)
         todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
     licences = [warning(source.uri, source.licence) for source in [facts.model, *facts.data]]
     warnings = [*facts.report.warnings(), *dict.fromkeys(filter(None, licences))]
@@ -45,6 +50,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 "warnings": warnings,
                 "sources": [asdict(s) for s in [facts.model, *facts.data]],
                 "stages": todo,
+                "tuning": asdict(how),
+                "predicted_run_bytes": run_bytes(size.weights),
                 "rows": [
                     {"where": where, "runs": [{"text": text, "in_loss": flag} for text, flag in runs]}
                     for where, runs in rows
@@ -84,6 +91,8 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 f"{report.nothing_in_loss:,} dropped for it, "
                 f"{report.unknown_tokens:,} unknown tokens",
             ),
+            ("tuned on", _tuning_text(how)),
+            ("memory", f"about {mb(run_bytes(size.weights))} for the whole run"),
         ],
     )
     for text in warnings:
@@ -91,6 +100,14 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _tuning_text(how: Choices) -> str:
+    """On what and how, and what differs from the recipe."""
+    where = "the processor" if how.device == "cpu" else f"{how.device}, {mb(how.predicted_bytes)} predicted at the peak"
+    rows = f"{how.batch_size} rows at once" + (f", {how.accumulation} times a step" if how.accumulation > 1 else "")
+    kind = f"{how.dtype}{' with the loss scaled' if how.loss_scaling else ''}" if how.dtype != "auto" else ""
+    return "; ".join(filter(None, [where, rows, kind, *how.notes]))
 
 
 def _leaks(report: DataReport) -> list[tuple[str, str]]:

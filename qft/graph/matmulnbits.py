@@ -1,4 +1,4 @@
-"""The quantization pass: packed codes into the graph, between those that fuse it.
+"""The quantization pass: packed codes into the graph, between those that fuse it, and float16 around them where a target wants it.
 
 Needs: a float ONNX graph with constant weights in MatMul, Gather(embedding, ids) and, for a tied head,
 MatMul(x, Transpose(embedding)) as optimum writes it; in the branches of an If, too, as optimum merges decoders.
@@ -17,21 +17,25 @@ import torch
 from qft.errors import StageError
 from qft.graph.attention import fuse_attention
 from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead
+from qft.graph.half import infer_types, to_half
 from qft.graph.merge_products import merge_products
 from qft.progress import OnProgress, Progress, silent
-from qft.quant.grids import Grids, Quantized, dequantize, pack, quantize_nearest
+from qft.quant.grids import Grids, Quantized, Scheme, dequantize, pack, quantize_nearest
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """What a deployment profile asks of the graph: the grids of its weights, and of the kernel.
+    """What a deployment profile asks of the graph: the grids of its weights (None: kept in float), and of the kernel.
 
     positions: the longest text that the model was made for, if a decoder's layers are to be fused.
+
+    half: activations are float16, and weights that are on no grid.
     """
 
-    grids: Grids
+    grids: Grids | None
     accuracy_level: int
     positions: int | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,38 +60,54 @@ def quantize_graph(
     weight is rounded to the nearest point of its grid. Raises StageError if the graph holds no weight to quantize, or none
     for a folded matrix.
     """
-    model = ir.load(source)
-    graph = model.graph
+    model = infer_types(ir.load(source)) if plan.half else ir.load(source)
     fused = plan.positions is not None and fuse_attention(model, positions=plan.positions)
+    done: list[QuantizedTensor] = []
+    if plan.grids is not None:
+        done = _put_on_grids(model.graph, plan, plan.grids, folded, on_progress)
+        if not done:
+            raise StageError(f"{source.name} holds no constant MatMul to quantize")
+        model.opset_imports[MICROSOFT] = 1
+    if fused:
+        merge_products(model.graph)
+    if plan.half:
+        to_half(model)
+    ir.save(model, target, external_data=f"{target.name}_data")
+    return done
+
+
+def _put_on_grids(
+    graph: ir.Graph, plan: GraphPlan, grids: Grids, folded: dict[str, Quantized], on_progress: OnProgress
+) -> list[QuantizedTensor]:
     table = _embedding(graph)
     gathers, heads = ([], []) if table is None else _readers(graph, table)
     tied = {id(node) for node in heads}
     weights = [
-        n for n in graph.all_nodes() if n.op_type == "MatMul" and id(n) not in tied and _is_matrix(array(n.inputs[1]))
+        n
+        for n in graph.all_nodes()
+        if n.op_type == "MatMul"
+        and id(n) not in tied
+        and _is_matrix(array(n.inputs[1]))
+        and (grids.head is not None or not _is_head(n))
     ]
     missing = folded.keys() - {_layer_name(node) for node in weights}
     if missing:
         raise StageError(f"the graph has no layer {min(missing)}, which was trained on the grid")
     done: list[QuantizedTensor] = []
-    if table is not None:
-        done.append(_quantize_embedding(graph, table, gathers, heads, plan))
+    if table is not None and grids.head is not None:
+        done.append(_quantize_embedding(graph, table, gathers, heads, plan, grids.head))
     kept: dict[ir.Value, tuple[list[ir.Value], Quantized]] = {}
     for number, node in enumerate(weights):
         on_progress(Progress("quantize", number, len(weights), "matrices"))
         weight = node.inputs[1]
         assert weight is not None
         if weight not in kept:
-            stored, matrix, record = _quantize_matmul(graph, node, plan, folded)
+            stored, matrix, record = _quantize_matmul(graph, node, grids, folded)
             kept[weight] = stored, matrix
             done.append(record)
         _replace(node, [_matmulnbits(node.inputs[0], *kept[weight], plan)])
-    if not done:
-        raise StageError(f"{source.name} holds no constant MatMul to quantize")
-    drop_unused(graph)
-    if fused:
-        merge_products(graph)
-    model.opset_imports[MICROSOFT] = 1
-    ir.save(model, target, external_data=f"{target.name}_data")
+    if done:
+        drop_unused(graph)
     return done
 
 
@@ -127,13 +147,13 @@ def _is_head(node: ir.Node) -> bool:
 
 
 def _quantize_embedding(
-    graph: ir.Graph, table: ir.Value, gathers: list[ir.Node], heads: list[ir.Node], plan: GraphPlan
+    graph: ir.Graph, table: ir.Value, gathers: list[ir.Node], heads: list[ir.Node], plan: GraphPlan, grid: Scheme
 ) -> QuantizedTensor:
     values = array(table)
     assert table.name is not None
     assert values is not None
     weight = _tensor(values)
-    matrix = quantize_nearest(weight, plan.grids.head)
+    matrix = quantize_nearest(weight, grid)
     stored = _store(graph, table.name, matrix)
     # GatherBlockQuantized wants the codes as a matrix, MatMulNBits as (rows, blocks, bytes): one array in the file, and
     # a Reshape (folded when the session is made) for the reader that wants the other shape.
@@ -145,8 +165,8 @@ def _quantize_embedding(
             [flat.outputs[0], gather.inputs[1], *stored[1:]],
             domain=MICROSOFT,
             attributes={
-                "bits": plan.grids.head.bits,
-                "block_size": plan.grids.head.block,
+                "bits": grid.bits,
+                "block_size": grid.block,
                 "gather_axis": 0,
                 "quantize_axis": 1,
             },
@@ -158,15 +178,15 @@ def _quantize_embedding(
 
 
 def _quantize_matmul(
-    graph: ir.Graph, node: ir.Node, plan: GraphPlan, folded: dict[str, Quantized]
+    graph: ir.Graph, node: ir.Node, grids: Grids, folded: dict[str, Quantized]
 ) -> tuple[list[ir.Value], Quantized, QuantizedTensor]:
     values = array(node.inputs[1])
     assert values is not None
     weight, name = _tensor(values.T), _layer_name(node)
     # What feeds the answer and was not folded (an untied head, a layer over the labels) is the most sensitive: it
     # gets the head's bits.
-    apart = _is_head(node) or bool(folded)
-    matrix = folded.get(name) or quantize_nearest(weight, plan.grids.head if apart else plan.grids.linear)
+    grid = grids.head if _is_head(node) or folded else grids.linear
+    matrix = folded.get(name) or quantize_nearest(weight, grid or grids.linear)
     return _store(graph, name, matrix), matrix, _record(name, weight, matrix)
 
 

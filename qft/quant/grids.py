@@ -49,25 +49,27 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Grids:
-    """What a target stores its weights on. head: embedding and head.
+    """What a target stores its weights on. head: embedding and head; None: they stay float.
 
     finer: for those linear layers that `linear` would hurt most, as many as keep the mean over all linear layers within
     most_bits a weight; none: every linear layer is on `linear`.
     """
 
     linear: Scheme
-    head: Scheme
+    head: Scheme | None
     finer: tuple[Scheme, ...] = ()
     most_bits: float = math.inf
 
 
 def grids_of(target: Target) -> Grids:
-    """A profile's words as the quantizer takes them."""
+    """A profile's words as the quantizer takes them. The target must have a grid for its linear layers."""
+    assert target.linear is not None
 
     def scheme(weights: Weights) -> Scheme:
         return Scheme(weights.bits, weights.block, weights.symmetric, getattr(torch, target.scale_type))
 
-    return Grids(scheme(target.linear), scheme(target.head), tuple(map(scheme, target.finer)), target.most_bits)
+    head = scheme(target.head) if target.head is not None else None
+    return Grids(scheme(target.linear), head, tuple(map(scheme, target.finer)), target.most_bits)
 
 
 @dataclass(frozen=True)

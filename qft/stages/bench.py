@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qft.bundle.manifest import update
+from qft.bundle.assignment import assigned
+from qft.bundle.manifest import Bundle, update
+from qft.bundle.session import PROVIDERS, open_session
 from qft.measure.machine import Machine, machine
 from qft.measure.speed import AnySpeed, measure_in_fresh_process
 from qft.progress import Progress
@@ -18,10 +20,14 @@ NEEDS = ("quantize",)
 
 @dataclass(frozen=True)
 class Facts:
-    """Target name → speed; `float` is the unquantized export, for comparison."""
+    """Target name → speed; `float` is the unquantized export, for comparison.
+
+    on_cpu: target name → operator → nodes that the provider left to the processor.
+    """
 
     machine: Machine
     targets: dict[str, AnySpeed]
+    on_cpu: dict[str, dict[str, int]]
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Measure the float export and every target."""
-    keys, speeds = job.recipe.bench, {}
+    keys, speeds, on_cpu = job.recipe.bench, {}, {}
     work = job.task.speed_settings(job.rows("eval"), prompt_tokens=keys.prompt_tokens, new_tokens=keys.new_tokens)
     names = [*job.recipe.export.targets, "float"]
     for number, name in enumerate(names):
@@ -49,4 +55,17 @@ def run(job: Job) -> Facts:
             provider=keys.provider,
         )
         update(job.run.bundle(name), speed=asdict(speeds[name]))
-    return Facts(machine(), speeds)
+        if keys.provider != "cpu" and name != "float":
+            on_cpu[name] = _left_to_the_processor(job.run.bundle(name), keys.provider)
+    return Facts(machine(), speeds, on_cpu)
+
+
+def _left_to_the_processor(folder: Path, provider: str) -> dict[str, int]:
+    """Raises StageError if that is more than 5 % of the nodes of a graph."""
+    found: dict[str, int] = {}
+    for model in Bundle.load(folder).models.values():
+        session, _ = open_session(model, threads=0, provider=provider)
+        assignment = assigned(session, PROVIDERS[provider])
+        assignment.check()
+        found |= assignment.on_cpu
+    return found

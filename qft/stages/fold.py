@@ -64,7 +64,11 @@ def outputs(job: Job) -> list[Path]:
 def grid_targets(recipe: Recipe) -> list[Target]:
     """The targets whose grid is coarse enough to be trained on."""
     targets = [find_target(name) for name in recipe.export.targets]
-    return [t for t in targets if t.linear.bits == 4] if recipe.quantization.grid != "none" else []
+    return (
+        [t for t in targets if t.linear is not None and t.linear.bits == 4]
+        if recipe.quantization.grid != "none"
+        else []
+    )
 
 
 def run(job: Job, fingerprint: str) -> Facts:

@@ -74,7 +74,7 @@ def check_keys(recipe: Recipe) -> None:
     for key, value in keys.items():
         if value in ("full", "pissa") and recipe.quantization.base != "none":
             raise InputError(
-                f"{key}: {value} changes the base's weights, which {recipe.quantization.base} holds in 4 bits",
+                f"{key}: {value} changes the base's weights, which {recipe.quantization.base} holds in few bits",
                 where=key,
                 hint="write quantization.base: none",
             )
@@ -155,12 +155,22 @@ class Job:
         task, lines = self.task, (self.run.data / f"{part}.jsonl").read_text("utf-8").splitlines()
         return [task.read(json.loads(line)) for line in lines]
 
-    def load(self, folder: Path, tokenizer: TextTokenizer, *, base: str = "none", dtype: str | None = None) -> Any:
+    def load(
+        self,
+        folder: Path,
+        tokenizer: TextTokenizer,
+        *,
+        base: str = "none",
+        dtype: str | None = None,
+        device: str = "cpu",
+    ) -> Any:
         """The task's model out of a checkpoint, as the recipe has it computed. dtype: another type than the recipe's."""
         return self.task.load(
             folder,
             tokenizer,
             base=base,
+            device=device,
+            skip_modules=self.recipe.quantization.skip_modules or (),
             double_quant=self.recipe.quantization.double_quant,
             compute_dtype=dtype or self.recipe.quantization.compute_dtype,
             longest=self.recipe.training.max_length,

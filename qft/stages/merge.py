@@ -57,8 +57,9 @@ def run(job: Job) -> Facts:
     """Merge both ways, choose by the loss on the validation rows, even out the chosen one and measure it on the test rows."""
     import torch
 
-    from qft.base_model import compute_type, own_type
+    from qft.base_model import own_type
     from qft.data.tokenizer import TextTokenizer
+    from qft.device import compute_type
     from qft.quant.smooth import even_out
 
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
@@ -78,12 +79,13 @@ def run(job: Job) -> Facts:
 
 def _merged(job: Job, tokenizer: TextTokenizer, way: Way) -> Any:
     from qft.base_model import is_quantized, own_type
-    from qft.training.lora import round_base_to_4bit
+    from qft.training.lora import round_base
 
     keys, folder = job.recipe.quantization, job.facts(prepare.Facts).base_folder
     model = job.load(folder, tokenizer, dtype=own_type(folder))
     if way != "16-bit base" and not is_quantized(folder):
-        round_base_to_4bit(model, base=keys.base, double_quant=keys.double_quant)
+        skipped = keys.skip_modules or ()
+        round_base(model, base=keys.base, double_quant=keys.double_quant, skip_modules=skipped)
     return tune.method_of(job.recipe).merge(model, job.run.adapter)
 
 

@@ -22,16 +22,22 @@ from qft.tasks.registry import find_task
 
 NEEDS = ("export", "fold")
 
+_SCANNED_ROWS = 32
+
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """One shipped bundle. bits_per_weight: codes, scales and zero points over the quantized weights, all counted once."""
+    """One shipped bundle. bits_per_weight: codes, scales and zero points over the quantized weights, all counted once.
+
+    large_activations: of a float16 target, module → its largest output on held-out rows, if that is above 10,000.
+    """
 
     quality: Quality
     bundle_bytes: int
     quantized_weights: int
     bits_per_weight: float
     calibration: Calibration | None
+    large_activations: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,20 @@ def _ship(job: Job, target: Target) -> TargetFacts:
             tensors += quantize_graph(
                 job.run.bundle(export.TARGET) / export.float_files(job.recipe)[graph],
                 aside / files[graph],
-                GraphPlan(grids_of(target), target.accuracy_level, _positions(job) if target.fuse else None),
+                GraphPlan(
+                    grids_of(target) if target.linear else None,
+                    target.accuracy_level,
+                    _positions(job) if target.fuse else None,
+                    target.half,
+                ),
                 mine,
                 job.on_progress,
             )
         export.describe(job, aside, target=target.name, models=files)
         update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
+        large = _large_activations(job) if target.half else {}
+        if target.half:
+            update(aside, large_activations=large)
         calibration = _calibration(job, aside)
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         job.on_progress(Progress("golden cases", 0))
@@ -101,8 +115,9 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         quality,
         size_bytes(job.run.bundle(target.name)),
         weights,
-        8 * sum(t.bytes for t in tensors) / weights,
+        8 * sum(t.bytes for t in tensors) / weights if weights else 16.0,
         calibration,
+        large,
     )
 
 
@@ -111,6 +126,16 @@ def _positions(job: Job) -> int | None:
     config = json.loads((job.run.merged / "config.json").read_text("utf-8"))
     longest: int | None = config.get("max_position_embeddings")
     return longest
+
+
+def _large_activations(job: Job) -> dict[str, float]:
+    """What float16 may not hold, in the merged model on held-out rows."""
+    from qft.data.tokenizer import TextTokenizer
+    from qft.quant.ranges import large_activations
+
+    tokenizer = TextTokenizer.load(job.run.merged)
+    model = job.load(job.run.merged, tokenizer)
+    return large_activations(model, job.rows("eval")[:_SCANNED_ROWS], job.task.forward(tokenizer).feed)
 
 
 def _lies_in(layer: str, graph: str, graphs: Mapping[str, str]) -> bool:

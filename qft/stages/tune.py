@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qft.device import Choices, accelerator, choose
+from qft.device_memory import ModelSize, Tuning
 from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
@@ -34,6 +36,7 @@ class Facts:
     last_loss: float
     resumed_from_step: int
     trainable_parameters: int
+    choices: Choices
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
@@ -68,11 +71,12 @@ def run(job: Job, fingerprint: str) -> Facts:
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
     new_tokens = [tokenizer.token_id(token) for token in recipe.data.new_tokens or ()]
-    method, whole = method_of(recipe, new_tokens), recipe.tuning.method == "full"
-    base = job.load(folder, tokenizer, base=recipe.quantization.base, dtype="float32" if whole else None)
+    method, whole, how = method_of(recipe, new_tokens), recipe.tuning.method == "full", choices(job)
+    dtype = "float32" if whole else how.dtype
+    base = job.load(folder, tokenizer, base=recipe.quantization.base, dtype=dtype, device=how.device)
     forward = task.forward(tokenizer)
     rows, validation = job.rows("train"), job.rows("validation")
-    if recipe.training.gradient_checkpointing:
+    if how.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = method.attach(base)
 
@@ -88,11 +92,13 @@ def run(job: Job, fingerprint: str) -> Facts:
             model,
             rows,
             validation,
-            _schedule(recipe),
+            _schedule(recipe, how),
             fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
             folder=job.run.checkpoints / "tune",
             metrics=job.run.metrics,
             plan=fingerprint,
+            optimizer=how.optimizer,
+            loss_scaling=how.loss_scaling,
             on_step=trackers.step,
             on_progress=job.on_progress,
         )
@@ -100,7 +106,33 @@ def run(job: Job, fingerprint: str) -> Facts:
         method.save(model, aside)
     quality = job.measure("tune", task.torch_runner(model.eval(), tokenizer), tokenizer)
     return Facts(
-        quality=quality, **vars(result), trainable_parameters=sum(p.numel() for p in trainable(model).values())
+        quality=quality,
+        **vars(result),
+        trainable_parameters=sum(p.numel() for p in trainable(model).values()),
+        choices=how,
+    )
+
+
+def choices(job: Job) -> Choices:
+    """On what and how the recipe's base is tuned here, from this machine and the checkpoint's headers."""
+    recipe, facts = job.recipe, job.facts(prepare.Facts)
+    keys = recipe.training
+    rank = {"lora": recipe.lora.r, "head": 1, "full": 0}[recipe.tuning.method]  # a head learns less than rank 1 does
+    wanted = Tuning(
+        recipe.quantization.base,
+        recipe.quantization.double_quant,
+        rank,
+        keys.batch_size,
+        facts.report.length_longest,
+        keys.gradient_checkpointing,
+    )
+    return choose(
+        accelerator() if keys.device != "cpu" else None,
+        ModelSize.of(facts.base_folder),
+        wanted,
+        device=keys.device,
+        dtype=recipe.quantization.compute_dtype,
+        accumulation=keys.gradient_accumulation_steps,
     )
 
 
@@ -122,7 +154,7 @@ def method_of(recipe: Recipe, new_tokens: Sequence[int | None] = ()) -> Method:
     return Weights(recipe.tuning.method == "head", recipe.quantization.compute_dtype)
 
 
-def _schedule(recipe: Recipe) -> Any:
+def _schedule(recipe: Recipe, how: Choices) -> Any:
     from qft.training.loop import Schedule
 
     keys = recipe.training
@@ -130,8 +162,8 @@ def _schedule(recipe: Recipe) -> Any:
         epochs=keys.epochs,
         learning_rate=keys.learning_rate,
         warmup_ratio=keys.warmup_ratio,
-        batch_size=keys.batch_size,
-        gradient_accumulation_steps=keys.gradient_accumulation_steps,
+        batch_size=how.batch_size,
+        gradient_accumulation_steps=how.accumulation,
         weight_decay=keys.weight_decay,
         max_grad_norm=keys.max_grad_norm,
         evaluations=keys.evaluations,

@@ -14,16 +14,23 @@ from torch import Tensor
 
 from qft.files import write_bytes
 
+# What an optimizer keeps of a parameter: torch's AdamW, and bitsandbytes' in 8 bits.
+_STATE = ("step", "exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
+
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stood: optimizer steps done, tokens seen, seconds trained, best validation so far."""
+    """Where a run stood: optimizer steps done, tokens seen, seconds trained, best validation so far.
+
+    loss_scale: of float16's gradients, 1 where they need none.
+    """
 
     step: int
     tokens: int
     seconds: float
     best_loss: float
     best_step: int
+    loss_scale: float = 1.0
 
 
 def save_checkpoint(
@@ -34,7 +41,8 @@ def save_checkpoint(
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter.detach().cpu()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+            value = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
+            tensors[f"{key}.{name}"] = value.clone() if key.startswith("qmap") else value  # one table for all of them
     write_bytes(path, save(tensors, {"position": json.dumps(asdict(position)), "plan": plan}))
 
 
@@ -54,13 +62,18 @@ def load_checkpoint(
         return None
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
-        state = {
-            key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors
-        }
+        state = {key: tensors[f"{key}.{name}"] for key in _STATE if f"{key}.{name}" in tensors}
         if state:
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+            optimizer.state[parameter] = {key: _put_back(key, v, parameter) for key, v in state.items()}
     torch.set_rng_state(tensors["rng"])
     return Position(**json.loads(meta["position"]))
+
+
+def _put_back(key: str, value: Tensor, parameter: Tensor) -> Any:
+    """bitsandbytes counts steps in an int, torch in a tensor that stays on the processor."""
+    if key == "step":
+        return value if value.is_floating_point() else int(value)
+    return value.to(parameter.device)
 
 
 def save_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -84,7 +84,8 @@ def fit(
         better = _finer(model, hessians, hurt, plan.grids)
         fitted |= fit_rounding(model, hessians, better, on_progress=on_progress)
     put_on_grid(model, fitted, r=plan.r, seed=plan.seed)
-    _round_head(model, plan.grids.head)
+    if plan.grids.head is not None:
+        _round_head(model, plan.grids.head)
     return lesson
 
 

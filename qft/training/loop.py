@@ -129,23 +129,27 @@ def train(
     folder: Path,
     metrics: Path,
     plan: str,
+    optimizer: str = "adamw",
+    loss_scaling: bool = False,
     on_step: Callable[[Mapping[str, float]], None] = lambda _: None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train the model's trainable parameters; on return they hold the best validation loss's values.
 
     folder: where checkpoints go. metrics: a JSON line a step; on_step is given each, too. plan: hash of everything else
-    that decides the result. Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
+    that decides the result. optimizer: adamw, or paged_adamw_8bit (bitsandbytes; arXiv 2110.02861). loss_scaling: for products
+    in float16, whose small gradients would be zero: the loss is scaled up, and a step whose gradients overflow is left out
+    (arXiv 1710.03740). Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
     """
-    run = _Run(model, rows, validation, schedule, objective, folder, plan)
+    run = _Run(model, rows, validation, schedule, objective, folder, plan, optimizer, loss_scaling)
     at = run.begin()
     resumed, log, watch = at.step, MetricsLog(metrics, at.step), Watch()
     saved = trimmed = time.monotonic()
     with stop_flag() as stopped:
         while at.step < len(run.steps) and not run.gives_up(at):
             at, line = run.step(at)
-            watch.look(at.step, line["loss"], line["grad_norm"], line["learning_rate"])
+            watch.look(at.step, line["loss"], line.get("grad_norm"), line["learning_rate"])
             if at.step in run.evaluate_at:
                 at, figures = run.judged(at)
                 line |= figures
@@ -178,6 +182,14 @@ def train(
     )
 
 
+def _optimizer(name: str) -> Callable[..., Any]:
+    if name == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit
+
+
 class _Run:
     """What a run works with, and its moves. evaluate_at: numbers of the steps after which held-out rows are looked at."""
 
@@ -190,6 +202,8 @@ class _Run:
         objective: Objective,
         folder: Path,
         plan: str,
+        optimizer: str,
+        loss_scaling: bool,
     ) -> None:
         from accelerate import Accelerator
 
@@ -197,9 +211,10 @@ class _Run:
         self.schedule, self.objective = schedule, objective
         self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         self.parameters = trainable(model)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = _optimizer(optimizer)(
             self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
         )
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=loss_scaling)
         self.steps = plan_batches(
             [len(r.input_ids) for r in rows],
             rows_per_step=schedule.batch_size * schedule.gradient_accumulation_steps,
@@ -219,6 +234,8 @@ class _Run:
         at = load_checkpoint(self.last, self.parameters, self.optimizer, self.plan)
         counts = at is None and self.objective.start()
         self.objective.after_step()
+        if at is not None and self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": at.loss_scale})
         at = at or Position(0, 0, 0.0, math.inf, 0)
         at = self.judged(at)[0] if counts else at
         self.model.train()
@@ -234,9 +251,16 @@ class _Run:
         loss, norm = self._descend(rows)
         self.objective.after_step()
         tokens, seconds = sum(len(row.input_ids) for row in rows), time.monotonic() - began
-        at = replace(at, step=at.step + 1, tokens=at.tokens + tokens, seconds=at.seconds + seconds)
-        line = {"step": at.step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
-        return at, line | {"seconds": round(seconds, 4)}
+        at = replace(
+            at,
+            step=at.step + 1,
+            tokens=at.tokens + tokens,
+            seconds=at.seconds + seconds,
+            loss_scale=self.scaler.get_scale(),
+        )
+        line = {"step": at.step, "loss": loss, "learning_rate": rate, "tokens": tokens, "seconds": round(seconds, 4)}
+        overflowed = self.scaler.is_enabled() and not math.isfinite(norm)  # the scaler has left the step out
+        return at, line if overflowed else line | {"grad_norm": norm}
 
     def _descend(self, rows: list[EncodedRow]) -> tuple[float, float]:
         """Loss and gradient norm. The loss is a mean over all targets of the step, however it is cut into micro-batches."""
@@ -244,10 +268,12 @@ class _Run:
         targets = sum(row.targets for row in rows)
         for start in range(0, len(rows), micro):
             loss = self.objective.loss_of(self.model, rows[start : start + micro]) / targets
-            self.accelerator.backward(loss)
+            self.accelerator.backward(self.scaler.scale(loss))
             total += loss.item()
+        self.scaler.unscale_(self.optimizer)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.schedule.max_grad_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, float(norm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,28 @@ def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def round_base_to_4bit(model: Any, *, base: str, double_quant: bool) -> None:
-    """Replace every linear weight by what its 4-bit form stands for, the base an adapter was trained on: not the head's."""
+def round_base(model: Any, *, base: str, double_quant: bool, skip_modules: Sequence[str] = ()) -> None:
+    """Replace every linear weight by what its quantized form stands for, the base an adapter was trained on: not the head's.
+
+    base: nf4, fp4, or int8 (a scale a row). GPT-2's Conv1D holds its weight transposed, and is quantized as a linear layer.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head, kept = model.get_output_embeddings(), HEAD_PARTS.union(skip_modules)
+    for name, module in model.named_modules():
+        if module is head or not kept.isdisjoint(name.split(".")) or name in kept:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = _rounded(module.weight.data, base, double_quant)
+        elif isinstance(module, Conv1D):
+            module.weight.data = _rounded(module.weight.data.t().contiguous(), base, double_quant).t().contiguous()
+
+
+def _rounded(weight: torch.Tensor, base: str, double_quant: bool) -> torch.Tensor:
     import bitsandbytes.functional as bnb
 
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        is_head = module is head or not HEAD_PARTS.isdisjoint(name.split("."))
-        if isinstance(module, torch.nn.Linear) and not is_head:
-            codes, state = bnb.quantize_4bit(module.weight.data, quant_type=base, compress_statistics=double_quant)
-            module.weight.data = bnb.dequantize_4bit(codes, state).to(module.weight.dtype)
+    if base == "int8":
+        codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
+        return bnb.int8_vectorwise_dequant(codes, scales).to(weight.dtype)
+    codes, state = bnb.quantize_4bit(weight, quant_type=base, compress_statistics=double_quant)
+    return bnb.dequantize_4bit(codes, state).to(weight.dtype)

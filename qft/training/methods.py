@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save
 
-from qft.base_model import HEAD_PARTS, compute_type
+from qft.base_model import HEAD_PARTS
+from qft.device import compute_type
 from qft.errors import InputError
 from qft.files import write_bytes
 from qft.training.lora import as_plain
@@ -35,7 +36,7 @@ class Method(Protocol):
 class Weights:
     """Weights of the model itself learn: all, or (head_only) those of the head over labels, the rest frozen as it is.
 
-    compute_dtype: what products are computed in while every weight learns, see `qft.base_model.compute_type`; the weights
+    compute_dtype: what products are computed in while every weight learns, see `qft.device.compute_type`; the weights
     themselves stay float32, because bfloat16 swallows updates smaller than 1/256 of a weight.
     """
 

@@ -20,8 +20,9 @@ class Watch:
         self.smooth = math.nan
         self.least = math.inf
 
-    def look(self, step: int, loss: float, norm: float, rate: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    def look(self, step: int, loss: float, norm: float | None, rate: float) -> None:
+        """norm: of the gradient; None if float16 overflowed and the step was left out, which the scaler mends by itself."""
+        if not (math.isfinite(loss) and (norm is None or math.isfinite(norm))):
             raise StageError(
                 f"the loss is {loss} and the gradient norm {norm} at step {step}",
                 hint=f"the learning rate ({rate:g}) is likely too high, or a row holds only unknown tokens",

@@ -1,0 +1,1 @@
+"""What needs a card: `bash benchmarks/gpu/run.sh`."""

@@ -1,0 +1,311 @@
+"""One part a function, each run in a process of its own: figures of this device, beside what they are held against.
+
+Each takes a `Setting` and returns numbers; `passed` is false if what must hold does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft.base_model import load
+from qft.data.encode import Encoded
+from qft.device import accelerator, compute_type
+from qft.device_memory import ModelSize, Tuning, tuning_bytes
+from qft.kernels.loss import HeadLoss
+from qft.libraries import quiet
+from qft.training.causal import CausalForward
+from qft.training.loop import Schedule, fine_tuning, train
+from qft.training.lora import Lora, trainable
+
+_WARM_UP = 2  # steps and tokens that are not counted
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model's sizes, with random weights, and the work. small: on a processor, to see that everything runs."""
+
+    device: str
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    groups: int
+    words: int
+    rows: int
+    tokens: int
+    steps: int
+
+    @classmethod
+    def of(cls, device: str, *, model: str = "135M") -> Setting:
+        """SmolLM2's sizes (135M) or Llama 3.2's (1B) on a card, a few thousand weights on a processor."""
+        if device == "cpu":
+            return cls(device, 2, 64, 160, 4, 2, 512, 2, 32, 4)
+        if model == "1B":
+            return cls(device, 16, 2048, 8192, 32, 8, 128256, 2, 512, 6)
+        return cls(device, 30, 576, 1536, 9, 3, 49152, 8, 512, 12)
+
+
+def nf4_gradients(setting: Setting) -> dict[str, Any]:
+    """Loss and adapters' gradients through bitsandbytes' NF4 layers on the device and on the processor, both in float32.
+
+    Sums of float32 in another order: 1e-3 of the largest gradient of a layer.
+    """
+    small = Setting.of("cpu")
+    with checkpoint(small) as folder:
+        loss, gradients = _gradients(folder, small, setting.device)
+        expected_loss, expected = _gradients(folder, small, "cpu")
+    errors = [float((gradients[n] - g).abs().max() / g.abs().max().clamp_min(1e-12)) for n, g in expected.items()]
+    worst = max(errors)
+    return {"loss_error": abs(loss - expected_loss), "worst_gradient_error": worst, "layers": len(errors),
+            "passed": worst < 1e-3 and abs(loss - expected_loss) < 1e-3 * abs(expected_loss)}  # fmt: skip
+
+
+def _gradients(folder: Path, small: Setting, device: str) -> tuple[float, dict[str, Tensor]]:
+    model = Lora(r=8, alpha=16, seed=0).attach(
+        load(folder, base="nf4", double_quant=True, compute_dtype="float32", device=device)
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainable(model).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    loss = CausalForward(0).loss(model, examples(small, 4))
+    loss.backward()
+    return loss.item(), {n: p.grad.detach().cpu() for n, p in trainable(model).items() if p.grad is not None}
+
+
+def paged_optimizer(setting: Setting) -> dict[str, Any]:
+    """A short run with the optimizer's state in 8 bits ends where AdamW's does, to 5 % of its loss."""
+    small = Setting.of("cpu")
+    losses = {}
+    with checkpoint(small) as folder:
+        for name in ("adamw", "paged_adamw_8bit"):
+            losses[name] = _run(folder, small, setting.device, optimizer=name, steps=12, r=64)["loss"]
+    found = abs(losses["paged_adamw_8bit"] / losses["adamw"] - 1)
+    return {**losses, "difference": found, "passed": found < 0.05}
+
+
+def training(setting: Setting) -> dict[str, Any]:
+    """Tokens a second and peak memory of qft's loop and, where it installs, of TRL's; the plan beside the peak."""
+    with checkpoint(setting) as folder:
+        ours = _run(folder, setting, setting.device)
+        planned = tuning_bytes(ModelSize.of(folder), Tuning("nf4", True, 16, setting.rows, setting.tokens))
+        found: dict[str, Any] = {"qft": ours, "planned_bytes": planned}
+        try:
+            found["trl"] = _trl(folder, setting)
+        except ImportError as error:
+            found["trl"] = f"not measured: {error}"
+    if ours["peak_bytes"]:
+        found["planned_vs_peak"] = planned / ours["peak_bytes"]
+    found["passed"] = not ours["peak_bytes"] or 1 / 1.5 < found["planned_vs_peak"] < 1.6
+    return found
+
+
+def training_1b(setting: Setting) -> dict[str, Any]:
+    """The same with Llama 3.2 1B's sizes, which most laptops' cards hold."""
+    return training(Setting.of(setting.device, model="1B"))
+
+
+def _run(folder: Path, setting: Setting, device: str, *, optimizer: str = "adamw", steps: int = 0, r: int = 16) -> Any:
+    """qft's own loop on random rows: tokens a second, the peak of the card's memory (0 on a processor), the last loss."""
+    steps = steps or setting.steps
+    _reset_peak(device)
+    base = load(folder, base="nf4", double_quant=True, compute_dtype="auto", longest=setting.tokens, device=device)
+    model = Lora(r=r, alpha=32, seed=0).attach(base)
+    schedule = Schedule(
+        epochs=1,
+        learning_rate=1e-3,
+        warmup_ratio=0.1,
+        batch_size=setting.rows,
+        gradient_accumulation_steps=1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        evaluations=1,
+        checkpoint_minutes=60,
+        seed=0,
+    )
+    moments: list[float] = []
+
+    def look(_: Any) -> None:
+        _wait(device)
+        moments.append(time.perf_counter())
+
+    scaled = compute_type("auto", device) == torch.float16
+    with TemporaryDirectory() as place:
+        train(model, examples(setting, setting.rows * steps), examples(setting, 2), schedule, fine_tuning(CausalForward(0)),
+              folder=Path(place), metrics=Path(place) / "metrics.jsonl", plan="", optimizer=optimizer, loss_scaling=scaled,
+              on_progress=look)  # fmt: skip
+        loss = CausalForward(0).validate(model, examples(setting, 2), 2).loss
+    seconds = statistics.median(b - a for a, b in zip(moments[_WARM_UP - 1 :], moments[_WARM_UP:], strict=False))
+    return {"tokens_per_second": setting.rows * setting.tokens / seconds, "peak_bytes": _peak(device), "loss": loss}
+
+
+def _trl(folder: Path, setting: Setting) -> dict[str, Any]:
+    """TRL's SFTTrainer on rows of the same length, with an adapter on the same base."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    _reset_peak(setting.device)
+    dtype = compute_type("auto", setting.device)
+    model = load(folder, base="nf4", double_quant=True, compute_dtype="auto", device=setting.device)
+    rows = [{"input_ids": list(e.input_ids)} for e in examples(setting, setting.rows * setting.steps)]
+    moments: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            _wait(setting.device)
+            moments.append(time.perf_counter())
+
+    with TemporaryDirectory() as place:
+        keys = SFTConfig(output_dir=place, per_device_train_batch_size=setting.rows, num_train_epochs=1, report_to=[],
+                         save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=setting.device == "cpu",
+                         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, max_length=None,
+                         gradient_checkpointing=False)  # fmt: skip
+        adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        SFTTrainer(model=model, args=keys, train_dataset=Dataset.from_list(rows), peft_config=adapter, callbacks=[Clock()],
+                   processing_class=PreTrainedTokenizerFast(tokenizer_object=_tokenizer(setting), pad_token="0",
+                                                            eos_token="1")).train()  # fmt: skip
+    seconds = statistics.median(b - a for a, b in zip(moments[_WARM_UP - 1 :], moments[_WARM_UP:], strict=False))
+    return {"tokens_per_second": setting.rows * setting.tokens / seconds, "peak_bytes": _peak(setting.device)}
+
+
+def _tokenizer(setting: Setting) -> Any:
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({str(number): number for number in range(setting.words)}, unk_token="0"))
+
+
+def loss_kernel(setting: Setting) -> dict[str, Any]:
+    """qft's loss without whole logits against torch's in float64, and its time beside torch's in the same type."""
+    torch.manual_seed(0)
+    count, width, words = (64, 32, 500) if setting.device == "cpu" else (2048, 576, 49152)
+    hidden, weight = torch.randn(count, width, device=setting.device), torch.randn(words, width, device=setting.device)
+    hidden, weight = hidden * 0.5, weight * 0.2
+    targets = torch.randint(0, words, (count,), device=setting.device)
+    found: dict[str, Any] = {"passed": True}
+    # float32's sums of `width`; bfloat16 rounds logits to 8 bits, so that a loss of many tokens is right to 1 %.
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 1e-2)):
+        x, w = hidden.detach().clone().to(dtype).requires_grad_(), weight.to(dtype)
+        y = x.detach().double().requires_grad_()
+        exact = torch.nn.functional.cross_entropy(y @ w.double().t(), targets, reduction="sum")
+        exact.backward()
+        ours = HeadLoss.apply(x, w, targets, 0.0)
+        ours.backward()
+        assert x.grad is not None
+        assert y.grad is not None
+        error = abs(ours.item() / exact.item() - 1)
+        gradient = float((x.grad.double() - y.grad).norm() / y.grad.norm())
+        plain = _timed(
+            lambda x=x, w=w: torch.nn.functional.cross_entropy(x @ w.t(), targets, reduction="sum").backward(),
+            setting.device,
+        )  # type: ignore[misc]
+        fast = _timed(lambda x=x, w=w: HeadLoss.apply(x, w, targets, 0.0).backward(), setting.device)  # type: ignore[misc]
+        name = str(dtype).removeprefix("torch.")
+        found[name] = {"loss_error": error, "gradient_error": gradient, "speed_vs_torch": plain / fast}
+        found["passed"] = found["passed"] and error < most and gradient < 2 * most
+    return found
+
+
+def speech_of_tokens(setting: Setting) -> dict[str, Any]:
+    """Prefill and decode of the model in torch, tokens a second, one row: a prompt, then one token after another."""
+    with checkpoint(setting) as folder:
+        model = load(folder, base="none", double_quant=True, compute_dtype="auto", device=setting.device).eval()
+        prompt = torch.randint(2, setting.words, (1, setting.tokens), device=setting.device)
+        with torch.no_grad():
+            ahead = _timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), setting.device)
+            cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+            one = _timed(lambda: model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True), setting.device)
+    return {"prefill_tokens_per_second": setting.tokens / ahead, "decode_tokens_per_second": 1 / one, "passed": True}
+
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "nf4_gradients": nf4_gradients,
+    "paged_optimizer": paged_optimizer,
+    "loss_kernel": loss_kernel,
+    "decode": speech_of_tokens,
+    "training": training,
+    "training_1b": training_1b,
+}
+
+
+class checkpoint(TemporaryDirectory[str]):  # noqa: N801 - read as `with checkpoint(setting) as folder`
+    """A folder with a Llama of the setting's sizes and random weights."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(prefix="qft-gpu-")
+        self.setting = setting
+
+    def __enter__(self) -> Path:  # type: ignore[override]
+        """Written in bfloat16."""
+        quiet()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        s = self.setting
+        torch.manual_seed(0)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=s.words,
+                hidden_size=s.hidden,
+                intermediate_size=s.inner,
+                num_hidden_layers=s.layers,
+                num_attention_heads=s.heads,
+                num_key_value_heads=s.groups,
+                max_position_embeddings=2048,
+                tie_word_embeddings=True,
+                bos_token_id=1,
+                eos_token_id=1,
+                pad_token_id=0,
+            )
+        ).to(torch.bfloat16).save_pretrained(self.name)
+        return Path(self.name)
+
+
+def examples(setting: Setting, count: int) -> list[Encoded]:
+    """Random rows of full length, all of them targets."""
+    chance = torch.Generator().manual_seed(count)
+    flags = (False,) + (True,) * (setting.tokens - 1)
+    return [Encoded(tuple(torch.randint(2, setting.words, (setting.tokens,), generator=chance).tolist()), flags, 1, None, str(n))
+            for n in range(count)]  # fmt: skip
+
+
+def _timed(work: Callable[[], Any], device: str, trials: int = 5) -> float:
+    """Seconds of the median of some trials, after as many that are not counted."""
+    seconds = []
+    for _ in range(_WARM_UP + trials):
+        _wait(device)
+        began = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[_WARM_UP:])
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def describe_device(device: str) -> str:
+    """Its name."""
+    card = accelerator()
+    return "processor" if device == "cpu" or card is None else str(card)
