@@ -276,9 +276,11 @@ def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, so
     model = target.files(["model"])["model"]
     path = bundle / model
     path.parent.mkdir(parents=True, exist_ok=True)
-    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level), matrices)
+    config = (place.base / "config.json").read_text("utf-8")
+    positions = json.loads(config)["max_position_embeddings"]
+    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level, positions), matrices)
     copy_tokenizer(place.base, bundle)
-    (bundle / "config.json").write_text((place.base / "config.json").read_text())
+    (bundle / "config.json").write_text(config)
     update(bundle, task="text-generation", model=model)
     nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
     speed = measure_in_fresh_process(

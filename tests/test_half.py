@@ -56,7 +56,7 @@ def test_a_float16_target_opens_on_a_processor_and_says_what_float32_says(
     """float16 has 11 bits: logits up to 7 move by 0.003, measured. Level 4 rounds activations to int8, which is its own error."""
     target = find_target(name)
     grids = grids_of(target) if target.linear else None
-    quantize_graph(exported, tmp_path / "half.onnx", GraphPlan(grids, 0, target.half), {})
+    quantize_graph(exported, tmp_path / "half.onnx", GraphPlan(grids, 0, half=target.half), {})
     half = OnnxRunner(tmp_path / "half.onnx", pad_id=2)
     whole = OnnxRunner(with_rounded_weights(exported, tmp_path / "whole.onnx", grids), pad_id=2)
     np.testing.assert_allclose(half.logits(ROWS, 4), whole.logits(ROWS, 4), atol=0.02)
@@ -67,7 +67,7 @@ def test_a_float16_target_opens_on_a_processor_and_says_what_float32_says(
 
 def test_apps_feed_and_read_float32_and_the_cache_is_float16(exported: Path, tmp_path: Path) -> None:
     target = find_target("cuda-int4")
-    quantize_graph(exported, tmp_path / "half.onnx", GraphPlan(grids_of(target), 0, target.half), {})
+    quantize_graph(exported, tmp_path / "half.onnx", GraphPlan(grids_of(target), 0, half=target.half), {})
     session = ort.InferenceSession(tmp_path / "half.onnx")
     types = {v.name: v.type for v in [*session.get_inputs(), *session.get_outputs()]}
     assert types.pop("logits") == "tensor(float)"
