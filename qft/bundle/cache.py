@@ -13,10 +13,14 @@ _LEAST_ROOM = 128  # places that are free when a buffer is made, or a quarter of
 
 @dataclass
 class Past:
-    """values: by the name of their input, (rows, heads, places, size). used: places that are written, by whoever reads on."""
+    """values: by the name of their input, (rows, heads, places, size). used: places that are written, by whoever reads on.
+
+    binding: where they are a session's past and present at once, so that a step binds only what is new.
+    """
 
     values: dict[str, ort.OrtValue]
     used: int
+    binding: ort.IOBinding | None = None
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray], used: int) -> Past:
         """A copy, each array changed."""

@@ -78,6 +78,10 @@ def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.Infer
     return session, options.intra_op_num_threads
 
 
+def _present(name: str) -> str:
+    return name.replace("past_key_values", "present")
+
+
 class OnnxRunner:
     """Runs a decoder with past, as optimum exports it, or fused: then keys and values stay where they are, step after step."""
 
@@ -142,26 +146,30 @@ class OnnxRunner:
         feed = {
             "input_ids": ort.OrtValue.ortvalue_from_numpy(ids),
             "attention_mask": ort.OrtValue.ortvalue_from_numpy(mask),
-            **past.values,
         }
         if self._named_positions:
             feed["position_ids"] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(positions))
         if self._keeps_logits:
             feed[KEPT_LOGITS] = ort.OrtValue.ortvalue_from_numpy(np.array(keep))
-        presents = {name.replace("past_key_values", "present"): name for name in self._past}
         if self._in_place:
-            binding = self.session.io_binding()
+            past.binding = past.binding or self._bound(past)
             for name, value in feed.items():
-                binding.bind_ortvalue_input(name, value)
-            for present, name in presents.items():
-                binding.bind_ortvalue_output(present, past.values[name])
-            binding.bind_output("logits")
-            self.session.run_with_iobinding(binding)
-            logits, past.used = binding.get_outputs()[-1], mask.shape[1]
+                past.binding.bind_ortvalue_input(name, value)
+            past.binding.bind_output("logits")
+            self.session.run_with_iobinding(past.binding)
+            logits, past.used = past.binding.get_outputs()[-1], mask.shape[1]
         else:
-            found = dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, feed), strict=True))
-            logits, past = found["logits"], Past({n: found[present] for present, n in presents.items()}, mask.shape[1])
+            results = self.session.run_with_ort_values(self._outputs, feed | past.values)
+            found = dict(zip(self._outputs, results, strict=True))
+            logits, past = found["logits"], Past({n: found[_present(n)] for n in self._past}, mask.shape[1])
         return logits.numpy().astype(np.float32, copy=False), Cache(past, mask, positions[:, -1] + 1)
+
+    def _bound(self, past: Past) -> ort.IOBinding:
+        binding = self.session.io_binding()
+        for name, value in past.values.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(_present(name), value)
+        return binding
 
     def logits(self, rows: Sequence[Sequence[int]], keep: int) -> np.ndarray:
         """float32 (rows, keep, vocabulary): logits at the last `keep` positions of left-padded rows."""
