@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxruntime import InferenceSession
-
 from qft.base_model import PlaceHead, load
 from qft.bundle.assets import write_config
 from qft.bundle.golden import GoldenCase, make_cases
@@ -25,6 +23,8 @@ from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.read import ReaderForward, TorchReader
 
 _GOLDEN_CASES = 16  # each is two positions

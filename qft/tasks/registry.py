@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from onnxruntime import InferenceSession
-
 from qft.bundle.golden import GoldenCase
 from qft.bundle.manifest import Bundle
 from qft.data.encode import EncodeCounts, EncodedRow
@@ -22,6 +20,8 @@ from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.forward import Forward
 
 _TASKS = {

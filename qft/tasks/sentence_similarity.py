@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxruntime import InferenceSession
-
 from qft.base_encoder import check_encodes, drop_pooler
 from qft.base_model import load
 from qft.bundle.assets import write_config, write_sentence_configs
@@ -26,6 +24,8 @@ from qft.measure.retrieval import measure_retrieval
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.similar import SimilarForward, TorchEmbedder
 
 _GOLDEN_CASES = 8  # each is one vector

@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxruntime import InferenceSession
-
 from qft.base_model import check_transcribes, load, shorten_encoder
 from qft.bundle.assets import write_seq2seq_configs, write_window
 from qft.bundle.golden import GoldenCase, make_cases
@@ -25,6 +23,8 @@ from qft.measure.transcripts import measure_transcripts
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.seq2seq import Seq2SeqForward
 
 _GOLDEN_CASES = 8

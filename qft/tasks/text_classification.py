@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxruntime import InferenceSession
-
 from qft.base_model import LabelHead, load
 from qft.bundle.assets import write_config
 from qft.bundle.classifier import Labels
@@ -22,6 +20,8 @@ from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.classify import ClassifierForward, TorchClassifier
 
 _GOLDEN_CASES = 32  # each is one position

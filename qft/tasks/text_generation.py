@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxruntime import InferenceSession
-
 from qft.base_model import check_writes, load
 from qft.bundle.assets import Decoder, write_decoder_configs
 from qft.bundle.golden import GoldenCase, make_cases
@@ -23,6 +21,8 @@ from qft.measure.writing import measure, turns_of
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.causal import CausalForward
     from qft.training.runner import TorchRunner
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxruntime import InferenceSession
-
 from qft.base_model import load, read_config
 from qft.bundle.assets import write_seq2seq_configs
 from qft.bundle.golden import GoldenCase, make_cases
@@ -25,6 +23,8 @@ from qft.measure.translations import measure_translations
 from qft.progress import OnProgress
 
 if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
     from qft.training.seq2seq import Seq2SeqForward
 
 _GOLDEN_CASES = 8
