@@ -26,9 +26,9 @@ from qft.measure.machine import machine, versions
 from qft.sources import cache_folder
 
 QUICK = Setting(set="tinyshakespeare", seed=0, length=128, steps=240, learning_rates=(1e-3,), test_rows=112,
-                fold_tokens=8192, fold_steps=16)  # fmt: skip
+                fold_tokens=16384, fold_steps=32)  # fmt: skip
 FULL = Setting(set="tinyshakespeare", seed=0, length=256, steps=300, learning_rates=(5e-4, 1e-3, 2e-3), test_rows=200,
-               fold_tokens=24576, fold_steps=24)  # fmt: skip
+               fold_tokens=32768, fold_steps=48)  # fmt: skip
 ROWS = {
     "16-bit LoRA": "lora-none",
     "NF4 QLoRA, before its merge": "lora-nf4",

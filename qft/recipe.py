@@ -201,7 +201,7 @@ class FoldKeys(Section):
     steps: Annotated[int, Field(ge=0)] = Field(
         80, description="optimizer steps of learning, training.batch_size rows each; 0: fitted rounding alone"
     )
-    learning_rate: Positive = Field(1.5e-4, description="peak of the cosine schedule, of a scale's own size")
+    learning_rate: Positive = Field(4e-4, description="peak of the cosine schedule, of a scale's own size")
     r: Count = Field(16, description="rank of the adapter inside the rounding")
 
 
