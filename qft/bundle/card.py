@@ -26,6 +26,16 @@ _STAGES = {
 }
 
 
+_ASKED = {  # task → how `qft.Bundle` is asked
+    "text-generation": 'bundle.generate("…").text',
+    "text-classification": 'bundle.classify("…").text',
+    "question-answering": 'bundle.answer("question …", "context …").text',
+    "translation": 'bundle.translate("…").text',
+    "automatic-speech-recognition": 'bundle.transcribe("speech.wav").text',
+    "sentence-similarity": 'bundle.embed(["…", "…"])',
+}
+
+
 def model_card(manifest: Mapping[str, Any]) -> str:
     """Front matter and text. manifest: qft.json, with its lineage; what is not measured yet is left out."""
     front = yaml.safe_dump(_front_matter(manifest), sort_keys=False, allow_unicode=True, width=1000)
@@ -74,15 +84,17 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield from _lineage(manifest)
 
 
+def python_lines(task: str, folder: str, *, has_labels: bool) -> list[str]:
+    """A small program that asks the bundle in a folder."""
+    asked = _ASKED["text-classification" if has_labels else task]
+    return ["import qft", "", f'bundle = qft.Bundle.load("{folder}")', f"print({asked})"]
+
+
 def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "## Use"
     yield ""
     yield "```python"
-    yield "from pathlib import Path"
-    yield "from qft.bundle.manifest import Bundle"
-    yield ""
-    yield 'bundle = Bundle.load(Path("."))  # this folder'
-    yield 'print(bundle.predict(["…"], bundle.runner(), max_new_tokens=64)[0])'
+    yield from python_lines(manifest["task"], ".", has_labels=bool(manifest["labels"]))
     yield "```"
     yield ""
     yield (

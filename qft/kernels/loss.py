@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,9 @@ class HeadLoss(torch.autograd.Function):
 
         label_smoothing: share of each target's probability that is spread over all choices (arXiv 1512.00567, section 7).
         """
-        chunk = max(1, _CHUNK_LOGITS // len(weight))
-        total, gradient = widened(hidden.new_zeros(())), torch.empty_like(hidden)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            nats, d_logits = _cross_entropy(hidden[part] @ weight.t(), targets[part], label_smoothing)
-            total += nats
-            gradient[part] = d_logits @ weight
+        total, gradient = _by_chunks(
+            hidden, weight, lambda logits, part: _cross_entropy(logits, targets[part], label_smoothing)
+        )
         ctx.save_for_backward(gradient)
         return total
 
@@ -44,13 +41,12 @@ class HeadDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, said: Said, counts: Tensor) -> Tensor:
         """hidden: (positions, width); weight: (choices, width), frozen; counts: float32 (positions,). Returns nats, float32."""
-        chunk = max(1, _CHUNK_LOGITS // len(weight))
-        total, gradient = widened(hidden.new_zeros(())), torch.empty_like(hidden)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            nats, d_logits = top_divergence(widened(hidden[part] @ weight.t()), Said(*(t[part] for t in said)))
-            total += nats @ counts[part]
-            gradient[part] = d_logits.mul_(counts[part, None]).to(hidden.dtype) @ weight
+
+        def of_chunk(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            nats, gradient = top_divergence(widened(logits), Said(*(t[part] for t in said)))
+            return nats @ counts[part], gradient.mul_(counts[part, None])
+
+        total, gradient = _by_chunks(hidden, weight, of_chunk)
         ctx.save_for_backward(gradient)
         return total
 
@@ -102,6 +98,20 @@ def _cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> t
         nats -= label_smoothing * widened(logits).mean(-1)
         p -= label_smoothing / logits.shape[-1]
     return nats.sum(), p.to(logits.dtype)
+
+
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, of_chunk: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Summed nats, and the gradient of `hidden`. of_chunk: logits and their places → nats, and the gradient of the logits."""
+    chunk = max(1, _CHUNK_LOGITS // len(weight))
+    total, gradient = widened(hidden.new_zeros(())), torch.empty_like(hidden)
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        nats, d_logits = of_chunk(hidden[part] @ weight.t(), part)
+        total += nats
+        gradient[part] = d_logits.to(hidden.dtype) @ weight
+    return total, gradient
 
 
 def head_says(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, select_autoescape
 
 from qft.bundle.apps import APPS
+from qft.bundle.card import python_lines
 from qft.licences import asks
 from qft.measure.energy import EUROS_A_KWH, WATTS_A_CORE, euros, watt_hours
 from qft.measure.occlusion import Carried
@@ -33,6 +34,7 @@ def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
         "speed": speed_chart(decoders) if decoders else "",
         "confusion": confusion_chart(summary.labels) if summary.labels and summary.labels.confused else "",
     }
+    bundle = f"{summary.run_folder}/bundles/{summary.headline_target}"
     peak = max(summary.stage_memory_bytes.values(), default=0)
     return _rendered(
         "page.html.j2",
@@ -42,6 +44,7 @@ def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
         sentence=sentence(summary),
         advice=advice(summary, knobs),
         carried=carried,
+        python="\n".join(python_lines(summary.task, bundle, has_labels=summary.labels is not None)),
         apps=[name for name, app in APPS.items() if name != "web" and (not app.tasks or summary.task in app.tasks)],
         watts_a_core=WATTS_A_CORE,
         euros_a_kwh=EUROS_A_KWH,
