@@ -25,8 +25,8 @@ from qft.files import sha256_json, write_json
 from qft.measure.machine import machine, versions
 from qft.sources import cache_folder
 
-QUICK = Setting(set="tinyshakespeare", seed=0, length=128, steps=240, learning_rates=(1e-3,), test_rows=112,
-                fold_tokens=16384, fold_steps=32)  # fmt: skip
+QUICK = Setting(set="tinyshakespeare", seed=0, length=128, steps=300, learning_rates=(1e-3,), test_rows=112,
+                fold_tokens=16384, fold_steps=28)  # fmt: skip
 FULL = Setting(set="tinyshakespeare", seed=0, length=256, steps=300, learning_rates=(5e-4, 1e-3, 2e-3), test_rows=200,
                fold_tokens=32768, fold_steps=48)  # fmt: skip
 ROWS = {
