@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from qft.bundle.session import OnnxRunner
+from qft.errors import InputError
 from qft.graph.attention import fuse_attention
 from qft.graph.export_optimum import export_float
 
@@ -165,3 +166,13 @@ def test_the_head_is_computed_only_where_logits_are_wanted(fused: Path) -> None:
         found, _ = runner.prefill(batch, keep=keep)
         assert found.shape[:2] == (2, keep)
         np.testing.assert_allclose(found, every[:, -keep:], atol=CLOSE * abs(every).max())
+
+
+def test_a_text_longer_than_the_model_was_made_for_is_read_as_before(runners: tuple[OnnxRunner, OnnxRunner]) -> None:
+    theirs, ours = (runner.logits(texts(3 * POSITIONS), 1) for runner in runners)
+    assert np.abs(ours - theirs).max() <= CLOSE * np.abs(theirs).max()
+
+
+def test_a_text_longer_than_the_angles_is_the_users_error(fused: Path) -> None:
+    with pytest.raises(InputError, match="9,000 tokens are more than the 8,192 that this bundle reads"):
+        OnnxRunner(fused, pad_id=2).logits(texts(9000), 1)

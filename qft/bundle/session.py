@@ -22,14 +22,18 @@ PROVIDERS = {
     "openvino": "OpenVINOExecutionProvider",
 }
 _PACKAGES = {"cuda": "onnxruntime-gpu", "directml": "onnxruntime-directml", "openvino": "onnxruntime-openvino"}
-SHARED_CACHE = "qft.shared_cache"  # in the metadata of a graph whose attention is fused
+READS = "qft.reads_tokens"  # in the metadata of a graph whose attention is fused: how many tokens a row may have
 KEPT_LOGITS = "num_logits_to_keep"  # an input of such a graph that need not be given: 0, for all
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def shares_cache(session: ort.InferenceSession) -> bool:
-    """Whether a decoder was fused by `qft.graph.attention`: its past and present may be one buffer, longer than what is in it."""
-    return SHARED_CACHE in session.get_modelmeta().custom_metadata_map
+def reads_tokens(session: ort.InferenceSession) -> int | None:
+    """How many tokens a decoder reads at most that was fused by `qft.graph.attention`; None if it was not.
+
+    Past and present of a fused one may be one buffer, longer than what is in it.
+    """
+    found = session.get_modelmeta().custom_metadata_map.get(READS)
+    return None if found is None else int(found)
 
 
 def physical_cores() -> int:
@@ -95,7 +99,8 @@ class OnnxRunner:
         self._past = {
             name: (i.shape, FLOATS[i.type]) for name, i in inputs.items() if name.startswith("past_key_values.")
         }
-        self._fused = shares_cache(self.session)
+        self._longest = reads_tokens(self.session)
+        self._fused = self._longest is not None
         self._keeps_logits = KEPT_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
         self._in_place = self._fused and provider == "cpu"
 
@@ -141,6 +146,11 @@ class OnnxRunner:
     def _run(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Past, keep: int
     ) -> tuple[np.ndarray, Cache]:
+        if self._longest is not None and mask.shape[1] > self._longest:
+            raise InputError(
+                f"{mask.shape[1]:,} tokens are more than the {self._longest:,} that this bundle reads",
+                hint="shorten the text or the conversation, or ask for fewer new tokens",
+            )
         if self._in_place:
             past = past.with_room(mask.shape[1] - ids.shape[1], mask.shape[1])
         feed = {

@@ -18,12 +18,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from qft.bundle.session import KEPT_LOGITS, SHARED_CACHE
+from qft.bundle.session import KEPT_LOGITS, READS
 from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead, insert, made_by, read_by, through
 from qft.graph.probe import windows_of
 
 _NORM = {"Cast", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"}  # what a norm of heads is made of
 _SIZE = 16  # of a head that the kernel rotates: a multiple of this
+_LEAST_POSITIONS = (
+    8192  # that can be read: the exported graph reads on beyond what a model was made for, as well as it can
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class _Other(Exception):
 
 
 def fuse_attention(model: ir.Model, *, positions: int) -> int:
-    """Fuse every layer, or none, in place; returns how many. positions: the longest text that the model was made for."""
+    """Fuse every layer, or none, in place; returns how many. positions: the longest text that the model was made for; longer
+    ones can be read up to 8,192 tokens.
+    """
+    positions = max(positions, _LEAST_POSITIONS)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
@@ -81,7 +87,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
         _fuse(graph, layer, window, [*lengths, *(tables[angles] for angles in layer.rotation)])
     drop_unused(graph)
     model.opset_imports[MICROSOFT] = 1
-    model.metadata_props[SHARED_CACHE] = "true"
+    model.metadata_props[READS] = str(positions)
     return len(layers)
 
 

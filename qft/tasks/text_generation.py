@@ -10,7 +10,7 @@ from qft.base_model import check_writes, load
 from qft.bundle.assets import Decoder, write_decoder_configs
 from qft.bundle.golden import GoldenCase, make_cases
 from qft.bundle.manifest import Bundle
-from qft.bundle.session import shares_cache
+from qft.bundle.session import reads_tokens
 from qft.data.encode import EncodeCounts, Encoded, encode_all
 from qft.data.examples import Example
 from qft.data.inspect import check_loss_mask, marked
@@ -102,7 +102,7 @@ class TextGeneration:
         adds_bos = tokenizer.bos_id in tokenizer.encode("", add_special_tokens=True)
         inputs = [i.name for i in session.get_inputs()]
         decoder = Decoder(
-            models["model"], inputs, shares_cache(session), tokenizer.stop_ids, tokenizer.pad_id, adds_bos
+            models["model"], inputs, reads_tokens(session) is not None, tokenizer.stop_ids, tokenizer.pad_id, adds_bos
         )
         write_decoder_configs(merged, folder, decoder)
 
