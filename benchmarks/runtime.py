@@ -32,7 +32,7 @@ from benchmarks.cells import DATA, MODEL
 from benchmarks.peers.runtime import WAYS, Work
 from qft.base_model import local_checkpoint
 from qft.bundle.assets import Decoder, copy_tokenizer, write_decoder_configs
-from qft.bundle.session import SHARED_CACHE, open_session, physical_cores, shares_cache
+from qft.bundle.session import READS, open_session, physical_cores, reads_tokens
 from qft.data.tokenizer import TextTokenizer
 from qft.files import folder_aside, write_json
 from qft.graph.export_optimum import export_float
@@ -80,7 +80,7 @@ def _describe(base: Path, bundle: Path, file: str) -> None:
     tokenizer = TextTokenizer.load(bundle)
     session, _ = open_session(bundle / file, threads=0, provider="cpu")
     inputs = [i.name for i in session.get_inputs()]
-    decoder = Decoder(file, inputs, shares_cache(session), tokenizer.stop_ids, tokenizer.pad_id, False)
+    decoder = Decoder(file, inputs, reads_tokens(session) is not None, tokenizer.stop_ids, tokenizer.pad_id, False)
     write_decoder_configs(base, bundle, decoder)
 
 
@@ -89,7 +89,8 @@ def _builder_graph(base: Path, folder: Path, python: str) -> None:
     words = ["-m", "onnxruntime_genai.models.builder", "-i", str(base), "-o", str(folder), "-p", "int4", "-e", "cpu"]
     subprocess.run([python, *words], stdout=sys.stderr, check=True)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    model.metadata_props.add(key=SHARED_CACHE, value="true")
+    config = json.loads((folder / "genai_config.json").read_text("utf-8"))
+    model.metadata_props.add(key=READS, value=str(config["model"]["context_length"]))
     onnx.save(model, folder / "model.onnx")
 
 

@@ -73,7 +73,7 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield f"# {manifest['name']} ({manifest['target']})"
     yield ""
     yield f"`{_shown(base['uri'])}`, tuned for {manifest['task']} and shipped for onnxruntime by qft {maker}."
-    if manifest["labels"]:
+    if manifest["labels"] and manifest["task"] in ("text-classification", "text-generation"):
         names = [f"`{label}`" for label in manifest["labels"][:24]]
         more = len(manifest["labels"]) - len(names)
         yield f"It answers with {', '.join(names)}{f' and {more} more labels' if more else ''}."
@@ -94,7 +94,9 @@ def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "## Use"
     yield ""
     yield "```python"
-    yield from python_lines(manifest["task"], ".", has_labels=bool(manifest["labels"]))
+    yield from python_lines(
+        manifest["task"], ".", has_labels=manifest["task"] == "text-generation" and bool(manifest["labels"])
+    )
     yield "```"
     yield ""
     yield (
