@@ -110,9 +110,15 @@ def main() -> None:
 _stopped: list[int] = []  # signals received: libraries turn an interrupt inside them into errors of their own
 
 
+class _Stopped(KeyboardInterrupt):
+    """Python ends a process by the signal, caught or not, once a KeyboardInterrupt itself has passed through exec(), by which
+    dataclasses are made while libraries are imported.
+    """
+
+
 def _interrupt(number: int, _: Any) -> None:
     _stopped.append(number)
-    raise KeyboardInterrupt
+    raise _Stopped
 
 
 def _end(messages: list[str], exit_code: int, error: BaseException, *, debug: bool, as_json: bool) -> None:
