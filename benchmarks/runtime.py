@@ -29,6 +29,7 @@ import onnx
 import onnxruntime as ort
 
 from benchmarks.cells import DATA, MODEL
+from benchmarks.peers import trial
 from benchmarks.peers.runtime import WAYS, Work
 from qft.base_model import local_checkpoint
 from qft.bundle.assets import Decoder, copy_tokenizer, write_decoder_configs
@@ -98,14 +99,6 @@ def packages(python: str) -> set[str]:
     """The peers that an interpreter has."""
     ask = "import importlib.util as u; print(*(n for n in ('onnxruntime_genai', 'llama_cpp') if u.find_spec(n)))"
     return set(subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, text=True, check=True).stdout.split())
-
-
-def trial(way: str, work: Work, python: str) -> dict[str, Any]:
-    """What `benchmarks.peers.runtime` printed."""
-    sys.stderr.write(f"{way}\n")
-    words = [python, "-m", "benchmarks.peers.runtime", way, json.dumps(asdict(work))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return {"way": way, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def line(way: str, prompt: int, trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,8 +193,9 @@ def main() -> None:
     ways = [name for name, way in WAYS.items() if way.needs is None or way.needs in there]
     trials = [
         trial(
+            "runtime",
             way,
-            replace(work, rows=0 if round_number else work.rows),
+            asdict(replace(work, rows=0 if round_number else work.rows)),
             words.peers if WAYS[way].needs else sys.executable,
         )
         for round_number in range(3 if words.quick else 7)

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import MODEL
+from benchmarks.peers import trial
 from benchmarks.peers.training import DATA, WAYS, Work
 from qft.base_model import local_checkpoint
 from qft.files import write_json
@@ -26,14 +26,6 @@ from qft.measure.machine import machine, versions
 from qft.sources import cache_folder, fetch
 
 _UNCOUNTED = 2  # first steps: caches fill
-
-
-def trial(way: str, work: Work, python: str) -> dict[str, Any]:
-    """What `benchmarks.peers.training` printed."""
-    sys.stderr.write(f"{way}\n")
-    words = [python, "-m", "benchmarks.peers.training", way, json.dumps(asdict(work))]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return {"way": way, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def line(way: str, work: Work, trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def main() -> None:
     source = fetch(MODEL, relative_to=Path(), cache=cache_folder(), repo_type="model")
     work = Work(str(local_checkpoint(source, cache=cache_folder())), steps=8 if words.quick else 16)
     trials = [
-        trial(way, work, words.peers if way.startswith("TRL") else sys.executable)
+        trial("training", way, asdict(work), words.peers if way.startswith("TRL") else sys.executable)
         for _ in range(2 if words.quick else 5)
         for way in WAYS
     ]

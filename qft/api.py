@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qft.bundle import manifest
+from qft.bundle.card import ASKED_BY
 from qft.bundle.classifier import Decision
 from qft.bundle.constrained import Choice, Labels, Schema
 from qft.bundle.generate import Answer
@@ -23,15 +24,6 @@ from qft.progress import OnProgress, silent
 if TYPE_CHECKING:
     from qft.measure.quality import Quality
     from qft.recipe import Recipe
-
-_ASKED_BY = {
-    "text-generation": "generate",
-    "text-classification": "classify",
-    "question-answering": "answer",
-    "translation": "translate",
-    "automatic-speech-recognition": "transcribe",
-    "sentence-similarity": "embed",
-}
 
 
 class Bundle:
@@ -107,8 +99,8 @@ class Bundle:
 
     def _must(self, method: str, able: bool | None = None) -> None:
         """Raises InputError unless this method is for the bundle's task. able: whether it is, where that takes more to know."""
-        if not (_ASKED_BY[self.task] == method if able is None else able):
-            hint = f"ask it with {_ASKED_BY[self.task]}()"
+        if not (ASKED_BY[self.task] == method if able is None else able):
+            hint = f"ask it with {ASKED_BY[self.task]}()"
             raise InputError(f"a bundle for {self.task} does not {method}", where=f"Bundle.{method}", hint=hint)
 
 

@@ -197,6 +197,15 @@ def test_a_checkpoint_of_another_plan_is_not_used(tiny_model: Path, tmp_path: Pa
         assert result.resumed_from_step == 0
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_checkpoint_of_another_optimizer_is_not_used(tiny_model: Path, tmp_path: Path) -> None:
+    """Which one it is follows the card's free memory, which may change between two commands."""
+    for optimizer in ("paged_adamw_8bit", "adamw"):
+        result = train(tuned(tiny_model, r=64), rows(8), rows(4, seed=9), SCHEDULE, TUNING, folder=tmp_path,
+                       metrics=tmp_path / "m.jsonl", plan="p", optimizer=optimizer)  # fmt: skip
+        assert result.resumed_from_step == 0
+
+
 def test_float16_learns_what_float32_does_only_with_the_loss_scaled(tiny_model: Path, tmp_path: Path) -> None:
     """The loss is made small, as that of a long row's single token is: unscaled, its gradients are below float16's least."""
 

@@ -24,15 +24,21 @@ _STAGES = {
     "rounded": "rounded",
     "folded": "folded onto the grid",
 }
-
-
-_ASKED = {  # task → how `qft.Bundle` is asked
-    "text-generation": 'bundle.generate("…").text',
-    "text-classification": 'bundle.classify("…").text',
-    "question-answering": 'bundle.answer("question …", "context …").text',
-    "translation": 'bundle.translate("…").text',
-    "automatic-speech-recognition": 'bundle.transcribe("speech.wav").text',
-    "sentence-similarity": 'bundle.embed(["…", "…"])',
+ASKED_BY = {  # task → the method of `qft.Bundle`
+    "text-generation": "generate",
+    "text-classification": "classify",
+    "question-answering": "answer",
+    "translation": "translate",
+    "automatic-speech-recognition": "transcribe",
+    "sentence-similarity": "embed",
+}
+_EXAMPLES = {
+    "generate": '("…").text',
+    "classify": '("…").text',
+    "answer": '("question …", "context …").text',
+    "translate": '("…").text',
+    "transcribe": '("speech.wav").text',
+    "embed": '(["…", "…"])',
 }
 
 
@@ -85,18 +91,16 @@ def _lines(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def python_lines(task: str, folder: str, *, has_labels: bool) -> list[str]:
-    """A small program that asks the bundle in a folder."""
-    asked = _ASKED["text-classification" if has_labels else task]
-    return ["import qft", "", f'bundle = qft.Bundle.load("{folder}")', f"print({asked})"]
+    """A small program that asks the bundle in a folder. has_labels: whether it was tuned on rows with labels."""
+    method = "classify" if has_labels and task == "text-generation" else ASKED_BY[task]
+    return ["import qft", "", f'bundle = qft.Bundle.load("{folder}")', f"print(bundle.{method}{_EXAMPLES[method]})"]
 
 
 def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
     yield "## Use"
     yield ""
     yield "```python"
-    yield from python_lines(
-        manifest["task"], ".", has_labels=manifest["task"] == "text-generation" and bool(manifest["labels"])
-    )
+    yield from python_lines(manifest["task"], ".", has_labels=bool(manifest["labels"]))
     yield "```"
     yield ""
     yield (

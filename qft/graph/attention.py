@@ -76,9 +76,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
         head = _head(graph)
         masks, presents = [layer.mask for layer in layers], [layer.present[0] for layer in layers]
         windows = windows_of(graph, masks, presents, positions=positions)
-    except (
-        Exception
-    ):  # _Other, or of onnxruntime, which is asked what masks do, and whose errors share no base but this
+    except (_Other, ValueError):
         return 0
     if windows is None:
         return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx_ir as ir
@@ -40,7 +41,7 @@ def windows_of(
 class _Seen:
     """The part of a graph that makes masks, as a function of attention_mask and the length of the past.
 
-    Raises ValueError if masks depend on anything but that and the shapes of what is fed.
+    Raises ValueError if masks depend on anything but that and the shapes of what is fed, or onnxruntime does not run them.
     """
 
     def __init__(self, graph: ir.Graph, masks: Sequence[ir.Value], presents: Sequence[ir.Value]) -> None:
@@ -55,8 +56,9 @@ class _Seen:
         for value in self._fed:
             value.shape, value.type = None, value.type or ir.TensorType(ir.DataType.FLOAT)
             part.inputs.append(value)
-        model = ir.to_proto(ir.Model(part, ir_version=9))
-        self._session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        model = ir.to_proto(ir.Model(part, ir_version=9)).SerializeToString()
+        with _refusals():
+            self._session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
 
     def __call__(self, attended: np.ndarray, past: int) -> list[np.ndarray]:
         """bool (rows, new tokens, all tokens) by mask. attended: int64 (rows, all tokens)."""
@@ -72,4 +74,15 @@ class _Seen:
                 feed[name] = np.zeros((rows, total - past, 1), np.float32)
             else:
                 feed[name] = np.zeros((rows, 1, past if name.startswith("past") else total, 1), np.float32)
-        return [mask[:, 0] > _SEEN for mask in self._session.run(None, feed)]
+        with _refusals():
+            masks = self._session.run(None, feed)
+        return [mask[:, 0] > _SEEN for mask in masks]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """onnxruntime's errors, which share no base but Exception, as ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"onnxruntime does not run the masks: {error}") from error

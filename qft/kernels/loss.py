@@ -13,7 +13,17 @@ from qft.kernels.norm import widened
 _CHUNK_LOGITS = 2**23  # at once: 170 tokens of SmolLM2's 49,152 choices, 32 of Gemma's 262,144
 
 
-class HeadLoss(torch.autograd.Function):
+class _OfHead(torch.autograd.Function):
+    """What a forward pass keeps is the gradient of the hidden states, formed with the logits."""
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        """Gradient of the hidden states alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None, None
+
+
+class HeadLoss(_OfHead):
     """Sum of -log softmax(hidden Wᵀ)[target]: logits are formed a chunk at a time, and their gradient at once, in their place."""
 
     @staticmethod
@@ -28,14 +38,8 @@ class HeadLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         return total
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        """Gradient of the hidden states alone."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
 
-
-class HeadDivergence(torch.autograd.Function):
+class HeadDivergence(_OfHead):
     """Weighted sum of KL(teacher ‖ softmax(hidden Wᵀ)), as `top_divergence` has it; logits come and go as in `HeadLoss`."""
 
     @staticmethod
@@ -49,12 +53,6 @@ class HeadDivergence(torch.autograd.Function):
         total, gradient = _by_chunks(hidden, weight, of_chunk)
         ctx.save_for_backward(gradient)
         return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        """Gradient of the hidden states alone."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
 
 
 class Said(NamedTuple):

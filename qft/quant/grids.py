@@ -94,9 +94,14 @@ class Quantized:
 
 def to_blocks(weight: Tensor, block: int) -> Tensor:
     """float (rows, cols) → float32 (rows, ceil(cols / block), block), the last block padded with zeros."""
-    rows, cols = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -cols % block))
-    return padded.reshape(rows, -1, block)
+    return in_blocks(weight.float(), block)
+
+
+def in_blocks(weight: Tensor, block: int) -> Tensor:
+    """As `to_blocks`, in the weight's own type, and in its memory where nothing is padded."""
+    missing = -weight.shape[1] % block
+    padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
+    return padded.reshape(len(weight), -1, block)
 
 
 def quantize_nearest(weight: Tensor, scheme: Scheme) -> Quantized:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qft.quant.fit import Fitted
-from qft.quant.grids import Quantized, Scheme
+from qft.quant.grids import Quantized, Scheme, in_blocks
 
 
 class ByWeight(torch.nn.Module):
@@ -96,8 +96,8 @@ class GridLinear(ByWeight):
 
     def gradients(self, of_weight: Tensor) -> list[Tensor]:
         """float32. Of the gain: its block's steps, W / gain, times the gradient. Of A and B: LoRA's own, gain times the gradient."""
-        blocks = _in_blocks(of_weight, self.scheme.block)
-        weight = _in_blocks(self.dense(of_weight.dtype), self.scheme.block)
+        blocks = in_blocks(of_weight, self.scheme.block)
+        weight = in_blocks(self.dense(of_weight.dtype), self.scheme.block)
         of_gain = (weight * blocks).sum(-1, dtype=torch.float32).div_(self.gain)
         moved = blocks.mul_(self.gain[..., None]).reshape(self.out_features, -1)[:, : self.in_features]
         a, b = self.a.detach().to(moved.dtype), self.b.detach().to(moved.dtype)
@@ -113,7 +113,7 @@ class GridLinear(ByWeight):
         """float32 (rows, k_blocks, block): codes less zero points, how many steps of the grid a weight is from zero."""
         zeros = self.zero_points[..., None].float()
         moved = torch.addmm(self.latent.float(), self.b, self.a)
-        steps = _in_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
+        steps = in_blocks(moved, self.scheme.block).div_(self.scales[..., None]).round_()
         return steps.add_(zeros).clamp_(0, self.scheme.top).sub_(zeros)
 
     @property
@@ -133,13 +133,6 @@ class GridLinear(ByWeight):
         codes = self.codes
         at_edge = (codes == 0) | (codes == self.scheme.top)
         return 100 * at_edge.float().mean().item()
-
-
-def _in_blocks(weight: Tensor, block: int) -> Tensor:
-    """(rows, cols) → (rows, k_blocks, block), the last block padded with zeros; the same memory where nothing is padded."""
-    missing = -weight.shape[1] % block
-    padded = torch.nn.functional.pad(weight, (0, missing)) if missing else weight
-    return padded.view(len(weight), -1, block)
 
 
 def put_on_grid(model: Any, fitted: dict[str, Fitted], *, r: int, seed: int) -> None:

@@ -35,7 +35,6 @@ def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
         "confusion": confusion_chart(summary.labels) if summary.labels and summary.labels.confused else "",
     }
     bundle = f"{summary.run_folder}/bundles/{summary.headline_target}"
-    told_labels = summary.task == "text-generation" and summary.labels is not None
     peak = max(summary.stage_memory_bytes.values(), default=0)
     return _rendered(
         "page.html.j2",
@@ -45,8 +44,8 @@ def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
         sentence=sentence(summary),
         advice=advice(summary, knobs),
         carried=carried,
-        python="\n".join(python_lines(summary.task, bundle, has_labels=told_labels)),
-        apps=[name for name, app in APPS.items() if name != "web" and (not app.tasks or summary.task in app.tasks)],
+        python="\n".join(python_lines(summary.task, bundle, has_labels=summary.labels is not None)),
+        apps=[name for name, app in APPS.items() if name != "web" and summary.task in app.tasks],
         watts_a_core=WATTS_A_CORE,
         euros_a_kwh=EUROS_A_KWH,
     )

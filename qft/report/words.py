@@ -12,7 +12,6 @@ from qft.report.summary import Summary, metric_name, percent, value_text
 
 _STILL_FALLING = 0.02  # of the loss, from one look at the validation rows to the last
 _TOO_MUCH_POINTS = 1.0  # that shipping may cost before it is worth more bits
-_RARE_ROWS = 10
 
 
 @dataclass(frozen=True)

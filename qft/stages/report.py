@@ -56,8 +56,10 @@ def run(job: Job) -> Facts:
     from qft.report.page import render
 
     target, keys = job.recipe.export.targets[0], job.recipe
-    summary, shipped = summarize(job), _maybe(job, quantize.Facts) is not None
-    found = _slices(job, summary.slice_metric, asked(job, target)) if shipped else []
+    shipped = _maybe(job, quantize.Facts) is not None
+    rows = asked(job, target) if shipped else []
+    summary = summarize(job, rows)
+    found = _slices(job, summary.slice_metric, rows)
     knobs = Knobs(
         keys.training.epochs,
         keys.fold.steps,
@@ -71,8 +73,8 @@ def run(job: Job) -> Facts:
     return Facts(str(job.run.report), found)
 
 
-def summarize(job: Job) -> Summary:
-    """Gather what the stages found out; a stage that has not run leaves its part empty."""
+def summarize(job: Job, rows: Sequence[Asked] | None = None) -> Summary:
+    """Gather what the stages found out; a stage that has not run leaves its part empty. rows: what `asked` gives, if it is known."""
     content = job.run.load()
     stages = {name: job.run.record(name) for name in content["stages"]}
     prepared, tuned, merged = _maybe(job, prepare.Facts), _maybe(job, tune.Facts), _maybe(job, merge.Facts)
@@ -112,7 +114,7 @@ def summarize(job: Job) -> Summary:
         problems=verify_record.problems if verify_record else [],
         machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
         versions=content.get("versions", {}),
-        examples=_examples(asked(job, target)) if shipped else Examples(),
+        examples=_examples(asked(job, target) if rows is None else rows) if shipped else Examples(),
         labels=_labels(job, target, shipped) if shipped else None,
         slices=reported.slices if reported else [],
     )

@@ -225,7 +225,7 @@ class _Run:
         self.evaluate_at = {round(count * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} | {
             count
         }
-        self.plan = sha256_json([plan, asdict(schedule)])
+        self.plan = sha256_json([plan, asdict(schedule), optimizer, loss_scaling])
         self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
 
     def begin(self) -> Position:
