@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, Literal
 
 import psutil
@@ -62,6 +63,8 @@ def processor() -> Device:
 
 def accelerator() -> Device | None:
     """This machine's first CUDA card, or Apple's GPU; None if torch sees none."""
+    if version("torch").endswith("+cpu"):  # built for processors alone: two seconds of import would tell nothing else
+        return None
     import torch
 
     if torch.cuda.is_available():

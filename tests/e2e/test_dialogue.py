@@ -15,7 +15,7 @@ TOOL = {"name": "note", "parameters": {"text": "string"}}
 RECIPE = """\
 model: {model}
 data: {{train: rows.jsonl, eval: 16, validation: 8}}
-training: {{epochs: 4, learning_rate: 5e-3, batch_size: 8, max_length: 320, evaluations: 1}}
+training: {{epochs: 8, learning_rate: 5e-3, batch_size: 8, max_length: 320, evaluations: 1}}
 evaluation: {{metric: tool_call, answers: 24, longest_answer: 96}}
 fold: {{tokens: 1024, steps: 0}}
 export: {{budget: {{max_worse: 100 points}}}}
