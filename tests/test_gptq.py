@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from qft.base_model import load
-from qft.quant.fit import decoder_linears, fit_rounding, inputs_watched
 from qft.quant.gptq import quantize_gptq, refit_scales, revisit
 from qft.quant.grids import Scheme, dequantize, quantize_nearest, round_to, to_blocks
 
@@ -90,21 +87,3 @@ def test_inputs_nothing_was_fed_are_rounded_all_the_same() -> None:
     weight = torch.randn(8, 64)
     matrix, _ = quantize_gptq(weight, torch.zeros(64, 64), Scheme(4, 32))
     assert output_error(weight, dequantize(matrix), torch.eye(64)) < 0.02
-
-
-def test_watched_inputs_are_those_of_the_layers(tiny_model: Path) -> None:
-    model = load(tiny_model, base="none", double_quant=False, compute_dtype="float32")
-    rows = [torch.randint(3, 300, (1, n)) for n in (9, 14)]
-    seen: dict[str, list[Tensor]] = {}
-    for name, layer in decoder_linears(model).items():
-        layer.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0].clone()))
-    with torch.no_grad(), inputs_watched(model) as hessians:
-        for row in rows:
-            model(input_ids=row)
-    assert len(hessians) == 14
-    for name, inputs in seen.items():
-        x = torch.cat(inputs).double()
-        torch.testing.assert_close(hessians[name].double(), x.t() @ x, rtol=1e-4, atol=1e-4)
-    assert hessians["model.layers.0.self_attn.k_proj"] is hessians["model.layers.0.self_attn.q_proj"]
-    fitted = fit_rounding(model, hessians, dict.fromkeys(decoder_linears(model), Scheme(4, 32)))
-    assert fitted.keys() == hessians.keys()

@@ -415,8 +415,8 @@ def test_validation_divergence_and_drawn_answers(tiny_encoder: Path, tokenizer: 
         ours = feeding.logits(model, [row.input_ids])[0].double().log_softmax(-1)
         expected += float((theirs.exp() * (theirs - ours)).sum()) / 2
     assert float(forward.divergence(model, rows, teacher)) == pytest.approx(expected, rel=1e-4)
-    log_p, positions = forward.drawn_log_p(model, rows[0], torch.Generator().manual_seed(0))
-    assert (positions, log_p.requires_grad) == (2, True)
+    log_p = forward.drawn_log_p(model, rows[:3], torch.Generator().manual_seed(0))
+    assert log_p.requires_grad
     assert log_p.item() < 0
 
 

@@ -151,8 +151,7 @@ def test_divergence_is_that_of_normal_distributions_and_its_gradient_s_samples_a
         normal = torch.distributions.MultivariateNormal
         kl = torch.distributions.kl_divergence(normal(theirs, scale), normal(ours, scale)).mean(-1).sum()
         assert float(forward.divergence(model, rows, teacher)) == pytest.approx(float(kl), rel=1e-3)
-    log_p, positions = forward.drawn_log_p(model, rows[0], torch.Generator().manual_seed(0))
-    assert positions == 2
+    log_p = forward.drawn_log_p(model, rows[:3], torch.Generator().manual_seed(0))
     assert log_p.item() < 0
     assert log_p.requires_grad
 

@@ -50,13 +50,7 @@ class Group:
         self.parameters += [p for base in self.by_weight for p in base.learning]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x: (tokens, in) → y (tokens, sum of outs), and A x (tokens, sum of ranks), which `backward` asks for.
-
-        Whoever watches what the layers read, by hooks before their forward pass, sees it.
-        """
-        for layer in self.layers:
-            for watch in layer.base._forward_pre_hooks.values():
-                watch(layer.base, (x,))
+        """x: (tokens, in) → y (tokens, sum of outs), and A x (tokens, sum of ranks), which `backward` asks for."""
         y = x @ self._weight(x.dtype).t()
         bias = self._bias(x)
         if bias is not None:
@@ -71,7 +65,8 @@ class Group:
         """dy: (tokens, sum of outs) → dx (tokens, in), and the gradients of `parameters`, float32 or wider."""
         dx = dy @ self._weight(dy.dtype)
         if self.by_weight:
-            return dx, self._by_weight(dy, x)
+            parts = zip(self.by_weight, dy.split(self.widths, 1), strict=True)
+            return dx, [gradient for base, part in parts for gradient in base.gradients(part, x)]
         if ax is None:
             return dx, []
         a, b = self._adapters(dy.dtype)
@@ -82,11 +77,6 @@ class Group:
         for layer, rows, outs in zip(self.adapted, *self._spans(), strict=True):
             found += [da[rows], db[outs, rows] * layer.scaling]
         return dx, found
-
-    def _by_weight(self, dy: Tensor, x: Tensor) -> list[Tensor]:
-        of_weights = (dy.t() @ x).split(self.widths)
-        pairs = zip(self.by_weight, of_weights, strict=True)
-        return [gradient for base, of_weight in pairs for gradient in base.gradients(of_weight)]
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         weights = [layer.weight(dtype) for layer in self.layers]

@@ -1,9 +1,8 @@
-"""Rounding fitted to what a model really computes: the inputs of its layers are watched, then every layer is rounded for them."""
+"""Every layer rounded for the inputs it gets, those counting most that the model's answers hang on: see `qft.training.sensitivity`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.gptq import quantize_gptq, refit_scales, revisit
-from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest, scale_and_zero, to_blocks
+from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest
 
 _VISITS = 2
 
@@ -46,43 +45,11 @@ def decoder_linears(model: Any) -> dict[str, torch.nn.Linear]:
     }
 
 
-@contextmanager
-def inputs_watched(model: Any) -> Iterator[dict[str, Tensor]]:
-    """While the block runs, every forward pass adds x xᵀ of each linear layer's inputs x: float32 (cols, cols) by layer name.
-
-    Layers that are fed the very same tensor share one sum. Memory: 4 · cols² bytes a sum, 0.4 GB for SmolLM2-135M. Rows must
-    come without padding, which would be counted.
-    """
-    sums: dict[str, Tensor] = {}
-    last: list[Any] = [None, None]  # the input seen last, and the sum it went into
-
-    def hook(name: str) -> Any:
-        def add(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            (x,) = inputs
-            if x is last[0]:
-                sums[name] = last[1]
-                return
-            flat = x.detach().reshape(-1, x.shape[-1]).float()
-            if name not in sums:
-                sums[name] = torch.zeros(flat.shape[-1], flat.shape[-1], device=flat.device)
-            sums[name].addmm_(flat.t(), flat)
-            last[:] = [x, sums[name]]
-
-        return add
-
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in decoder_linears(model).items()]
-    try:
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def fit_rounding(
     model: Any, hessians: dict[str, Tensor], schemes: Mapping[str, Scheme], *, on_progress: OnProgress = silent
 ) -> dict[str, Fitted]:
-    """Round the layers named in `schemes`, each on its grid; the model stays as it is. hessians: from `inputs_watched`.
+    """Round the layers named in `schemes`, each on its grid; the model stays as it is. hessians: float32 (cols, cols) by layer.
 
     Layers of one input and one grid (query, key and value; gate and up) are rounded as one matrix: they share the inverse.
     """
@@ -114,19 +81,6 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quanti
         scales = matrix.scales * refit_scales(weight, matrix, hessian)
         matrix, latent = revisit(weight, replace(matrix, scales=scales.to(scheme.scale_type)), hessian)
     return matrix, latent, refit_scales(weight, matrix, hessian)
-
-
-@torch.no_grad()
-def expected_error(weight: Tensor, hessian: Tensor, scheme: Scheme) -> float:
-    """What rounding to a grid costs, roughly: the variance of a rounding error, step²/12, times each channel's sum of squares.
-
-    Good for comparing grids on one weight: fitting takes off about the same share on each.
-    """
-    blocks = to_blocks(weight, scheme.block)
-    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    steps, _ = scale_and_zero(low, high, scheme)
-    squares = to_blocks(hessian.diagonal()[None], scheme.block).sum(-1)
-    return float((steps.float().square() * squares * (high > low)).sum() / 12)  # a block of zeros stays exact
 
 
 @torch.no_grad()

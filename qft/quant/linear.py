@@ -23,7 +23,7 @@ from qft.quant.grids import Quantized, Scheme, in_blocks
 class ByWeight(torch.nn.Module):
     """A linear layer whose parameters learn by way of its weight: y = x Wᵀ + bias, W made from them.
 
-    A subclass says what learns, what W is, and what the gradient of W comes to for each parameter.
+    A subclass says what learns, what W is, and the gradient of each parameter.
     """
 
     def __init__(self, rows: int, cols: int, bias: Tensor | None) -> None:
@@ -44,8 +44,8 @@ class ByWeight(torch.nn.Module):
         """(rows, cols), without a gradient."""
         raise NotImplementedError
 
-    def gradients(self, of_weight: Tensor) -> list[Tensor]:
-        """of_weight: float (rows, cols), the gradient of W; it may be written over."""
+    def gradients(self, dy: Tensor, x: Tensor) -> list[Tensor]:
+        """dy: float (positions, rows), the gradient of the output; x: (positions, cols). W's own gradient is dyᵀ x."""
         raise NotImplementedError
 
 
@@ -58,11 +58,9 @@ class _ByWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """One product more than LoRA's: the full gradient of W. It is not kept."""
         (x,) = ctx.saved_tensors
         grad_x = gradient @ ctx.layer.dense(gradient.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        return grad_x, None, *ctx.layer.gradients(of_weight)
+        return grad_x, None, *ctx.layer.gradients(gradient.flatten(0, -2), x.flatten(0, -2))
 
 
 class GridLinear(ByWeight):
@@ -94,10 +92,13 @@ class GridLinear(ByWeight):
         """(rows, cols), as the last `round_again` left it."""
         return self.weight.to(dtype)
 
-    def gradients(self, of_weight: Tensor) -> list[Tensor]:
-        """float32. Of the gain: its block's steps, W / gain, times the gradient. Of A and B: LoRA's own, gain times the gradient."""
-        blocks = in_blocks(of_weight, self.scheme.block)
-        weight = in_blocks(self.dense(of_weight.dtype), self.scheme.block)
+    def gradients(self, dy: Tensor, x: Tensor) -> list[Tensor]:
+        """float32. Of the gain: its block's steps, W / gain, times W's gradient. Of A and B: LoRA's own, gain times W's gradient.
+
+        One product more than LoRA's: W's gradient, whole. It is not kept.
+        """
+        blocks = in_blocks(dy.t() @ x, self.scheme.block)
+        weight = in_blocks(self.dense(dy.dtype), self.scheme.block)
         of_gain = (weight * blocks).sum(-1, dtype=torch.float32).div_(self.gain)
         moved = blocks.mul_(self.gain[..., None]).reshape(self.out_features, -1)[:, : self.in_features]
         a, b = self.a.detach().to(moved.dtype), self.b.detach().to(moved.dtype)

@@ -19,7 +19,6 @@ from qft.training.distill import Teacher, TopDivergence, draw, teach
 from qft.training.forward import Validation
 from qft.training.runner import may_share, prefill
 
-_DRAWN_TOKENS = 128  # of a row: enough for a sample of what rounding hurts
 _ASKED_TOKENS = 1024  # at once; products of fewer rows are slower
 _LOGIT_ROWS = 128  # whose logits are held at once
 
@@ -100,17 +99,16 @@ class CausalForward:
             total = total + TopDivergence.apply(logits[:-1].float(), said) @ _counts(row).to(logits.device)
         return total
 
-    def drawn_log_p(self, model: Any, row: Encoded, chance: torch.Generator) -> tuple[Tensor, int]:
-        """Of a token drawn at each of the row's first positions."""
-        ids = row.input_ids[:_DRAWN_TOKENS]
+    def drawn_log_p(self, model: Any, rows: Sequence[Encoded], chance: torch.Generator) -> Tensor:
+        """Of a token drawn at each position."""
         fast = _kernels(model)
         if fast is not None:
-            hidden, head = fast.hidden([ids]), fast.head.weight.detach()
+            hidden, head = fast.hidden([row.input_ids for row in rows]), fast.head.weight.detach()
             with torch.no_grad():
-                drawn = draw(hidden @ head.t(), chance)
-            return -HeadLoss.apply(hidden, head, drawn, 0.0), len(ids)
-        logits = prefill(model, [ids], self.pad_id, keep=len(ids)).logits[0].float()
-        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum"), len(ids)
+                drawn = torch.cat([draw(some @ head.t(), chance) for some in hidden.split(_LOGIT_ROWS)])
+            return -HeadLoss.apply(hidden, head, drawn, 0.0)
+        logits = torch.cat(self._all_logits(model, rows)).float()
+        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum")
 
     def _nats(self, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Of each target: its cross entropy, float32, and whether it is the first choice."""

@@ -165,14 +165,14 @@ class ClassifierForward:
             yes * (logsigmoid(theirs) - logsigmoid(ours)) + (1 - yes) * (logsigmoid(-theirs) - logsigmoid(-ours))
         ).sum()
 
-    def drawn_log_p(self, model: Any, row: Labelled, chance: torch.Generator) -> tuple[Tensor, int]:
+    def drawn_log_p(self, model: Any, rows: Sequence[Labelled], chance: torch.Generator) -> Tensor:
         """Of a label, or of a yes or no to every label, drawn from the model itself."""
-        (logits,) = label_logits(model, [row.input_ids], self.pad_id)
+        logits = label_logits(model, [row.input_ids for row in rows], self.pad_id)
         if self.several:
             yes = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=chance).to(logits.device)
-            return -binary_cross_entropy_with_logits(logits, yes, reduction="sum"), 1
-        drawn = int(torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=chance))
-        return logits.log_softmax(-1)[drawn], 1
+            return -binary_cross_entropy_with_logits(logits, yes, reduction="sum")
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=chance).to(logits.device)
+        return logits.log_softmax(-1).gather(-1, drawn).sum()
 
     def _nats(self, logits: Tensor, wanted: Tensor, *, weighted: bool = False, smoothing: float = 0.0) -> Tensor:
         weights = torch.tensor(self.label_weights, device=logits.device) if weighted else None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,21 @@ from torch import Tensor
 from qft.data.encode import EncodedRow
 from qft.errors import StageError
 from qft.measure.quality import batches
-from qft.progress import OnProgress, Progress, silent
-from qft.quant.fit import decoder_linears, expected_error, fit_rounding, inputs_watched
+from qft.progress import OnProgress, silent
+from qft.quant.fit import decoder_linears, fit_rounding
 from qft.quant.grids import Grids, Scheme, dequantize, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
 from qft.training.forward import Forward
 from qft.training.loop import Objective, Schedule, TrainResult, train
-from qft.training.sensitivity import choose_grids, divergences
+from qft.training.sensitivity import Felt, choose_grids, expected_divergence, feel
 
 
 @dataclass(frozen=True)
 class FoldPlan:
     """grids: what the target stores weights on.
 
-    tokens: of the training rows that rounding is fitted on and the teacher is asked about. steps: of learning, batch_size
-    rows each; 0: fitted rounding alone. r: rank of the adapter inside the rounding.
+    tokens: of the training rows that rounding is fitted on. steps: of learning, batch_size rows each; 0: fitted rounding alone.
+    r: rank of the adapter inside the rounding.
     """
 
     grids: Grids
@@ -60,46 +62,35 @@ def fit(
     forward: Forward,
     on_progress: OnProgress = silent,
 ) -> Lesson | None:
-    """Watch the inputs that the model's layers get on training rows; then put it on the grid, in place.
+    """Feel on training rows what rounding the model's layers would hurt; then put it on the grid, in place.
 
     Returns what `learn` needs of the model as it was before; None if the plan has no steps of learning.
     """
-    chosen = _draw(rows, plan.tokens, plan.seed)
-    model.eval()
+    fed, learnt = _draw(rows, plan)
+    block = min(grid.block for grid in (plan.grids.linear, *plan.grids.finer))
+    felt = feel(model, fed, block, forward=forward, seed=plan.seed, on_progress=on_progress)
     lesson = None
-    with inputs_watched(model) as hessians:
-        if plan.steps:
-            teacher = forward.ask(model, chosen, on_progress=on_progress)
-        else:
-            for number, row in enumerate(chosen):
-                on_progress(Progress("feed the tuned model", number, len(chosen), "rows"))
-                forward.feed(model, row)
-    if plan.steps:
-        lesson = Lesson(chosen, teacher, list(validation), forward.ask(model, validation, on_progress=on_progress))
-    fitted = fit_rounding(
-        model, hessians, dict.fromkeys(decoder_linears(model), plan.grids.linear), on_progress=on_progress
-    )
-    if plan.grids.finer:
-        hurt = divergences(model, chosen, fitted, forward=forward, seed=plan.seed, on_progress=on_progress)
-        better = _finer(model, hessians, hurt, plan.grids)
-        fitted |= fit_rounding(model, hessians, better, on_progress=on_progress)
+    if learnt:
+        held_out = list(validation)
+        said = [forward.ask(model, some, on_progress=on_progress) for some in (learnt, held_out)]
+        lesson = Lesson(learnt, said[0], held_out, said[1])
+    schemes = _choose(model, felt, block, plan.grids)
+    fitted = fit_rounding(model, {name: each.hessian for name, each in felt.items()}, schemes, on_progress=on_progress)
     put_on_grid(model, fitted, r=plan.r, seed=plan.seed)
     if plan.grids.head is not None:
         _round_head(model, plan.grids.head)
     return lesson
 
 
-def _finer(model: Any, hessians: dict[str, Tensor], hurt: dict[str, float], grids: Grids) -> dict[str, Scheme]:
-    """The layers that get a finer grid. hurt: by the coarse one; by the others in proportion to the error expected of them."""
+def _choose(model: Any, felt: dict[str, Felt], block: int, grids: Grids) -> dict[str, Scheme]:
+    """Every layer's grid."""
     weights = {name: linear.weight for name, linear in decoder_linears(model).items()}
-    by_grid: dict[str, dict[Scheme, float]] = {}
-    for name, weight in weights.items():
-        errors = {grid: expected_error(weight, hessians[name], grid) for grid in (grids.linear, *grids.finer)}
-        share = hurt[name] / max(errors[grids.linear], 1e-30)  # a layer that was fed nothing but zeros errs nowhere
-        by_grid[name] = {grid: share * error for grid, error in errors.items()}
+    by_grid = {
+        name: {grid: expected_divergence(weight, felt[name], block, grid) for grid in (grids.linear, *grids.finer)}
+        for name, weight in weights.items()
+    }
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-    chosen = choose_grids(by_grid, shapes, grids.most_bits)
-    return {name: grid for name, grid in chosen.items() if grid != grids.linear}
+    return choose_grids(by_grid, shapes, grids.most_bits)
 
 
 def learn(
@@ -158,16 +149,12 @@ def learn(
     )
 
 
-def _draw(rows: Sequence[EncodedRow], tokens: int, seed: int) -> list[EncodedRow]:
-    """Rows drawn at random until they hold `tokens` tokens."""
-    chosen: list[EncodedRow] = []
-    count = 0
-    for row in random.Random(seed).sample(rows, len(rows)):
-        if count >= tokens:
-            break
-        chosen.append(row)
-        count += len(row.input_ids)
-    return chosen
+def _draw(rows: Sequence[EncodedRow], plan: FoldPlan) -> tuple[list[EncodedRow], list[EncodedRow]]:
+    """Rows to fit rounding on, of `plan.tokens` tokens, and rows to learn from: others, as far as there are any."""
+    mixed = random.Random(plan.seed).sample(rows, len(rows))
+    ends = list(accumulate(len(row.input_ids) for row in mixed))
+    count = min(bisect_left(ends, plan.tokens) + 1, len(mixed))
+    return mixed[:count], [*mixed[count:], *mixed[:count]][: plan.steps * plan.batch_size]
 
 
 def _round_head(model: Any, scheme: Scheme) -> None:

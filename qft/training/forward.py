@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qft.data.encode import EncodedRow
 from qft.progress import OnProgress
 
 
@@ -51,5 +50,5 @@ class Forward(Protocol):
     def divergence(self, model: Any, rows: Sequence[Any], teacher: Any) -> Tensor:
         """KL(teacher ‖ model) summed over rows, each weighing as many nats as it has targets, float32."""
 
-    def drawn_log_p(self, model: Any, row: EncodedRow, chance: torch.Generator) -> tuple[Tensor, int]:
-        """Log probability of an answer drawn from the model itself, summed over positions, and how many these are."""
+    def drawn_log_p(self, model: Any, rows: Sequence[Any], chance: torch.Generator) -> Tensor:
+        """Log probability of answers drawn from the model itself, summed over rows and positions."""

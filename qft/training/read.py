@@ -114,11 +114,11 @@ class ReaderForward:
         log_p = theirs.log_softmax(-1)
         return (log_p.exp() * (log_p - ours.log_softmax(-1))).sum() / 2
 
-    def drawn_log_p(self, model: Any, row: Window, chance: torch.Generator) -> tuple[Tensor, int]:
+    def drawn_log_p(self, model: Any, rows: Sequence[Window], chance: torch.Generator) -> Tensor:
         """Of a first and a last token drawn from the model itself."""
-        (logits,) = self._logits(model, [row])
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=chance).to(logits.device)
-        return logits.log_softmax(-1).gather(-1, drawn).sum(), 2
+        log_p = self._logits(model, rows).log_softmax(-1).flatten(0, 1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=chance).to(log_p.device)
+        return log_p.gather(-1, drawn).sum()
 
     def _logits(self, model: Any, rows: Sequence[Window]) -> Tensor:
         return self.feeding.logits(model, [row.input_ids for row in rows])

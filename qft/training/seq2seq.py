@@ -83,10 +83,10 @@ class Seq2SeqForward:
             total = total + TopDivergence.apply(logits, teacher.said(row, slice(0, row.targets), logits.device)).sum()
         return total
 
-    def drawn_log_p(self, model: Any, row: Pair, chance: torch.Generator) -> tuple[Tensor, int]:
+    def drawn_log_p(self, model: Any, rows: Sequence[Pair], chance: torch.Generator) -> Tensor:
         """Of a token drawn at each target."""
-        logits = self._logits(model, [row])[0]
-        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum"), row.targets
+        logits = self._target_logits(model, rows)
+        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum")
 
     def _logits(self, model: Any, rows: Sequence[Pair]) -> list[Tensor]:
         """float32 (targets, vocabulary) of each row: what is said where a target follows."""

@@ -105,11 +105,11 @@ class SimilarForward:
         theirs = torch.stack([teacher[row.input_ids] for row in rows]).to(ours.device)
         return (1 - (ours * theirs).sum(-1)).mean(-1).sum() / self.temperature
 
-    def drawn_log_p(self, model: Any, row: Similar, chance: torch.Generator) -> tuple[Tensor, int]:
+    def drawn_log_p(self, model: Any, rows: Sequence[Similar], chance: torch.Generator) -> Tensor:
         """Of points drawn from the normal distributions of `divergence`, up to a constant."""
-        vectors = torch.cat([embed(model, [ids], self.pad_id) for ids in (row.fed, row.other_ids)])
+        vectors = torch.cat(self._both(model, rows))
         noise = torch.randn(vectors.shape, generator=chance).to(vectors.device) * self.temperature**0.5
-        return -(vectors.detach() + noise - vectors).square().sum() / (2 * self.temperature), 2
+        return -(vectors.detach() + noise - vectors).square().sum() / (2 * self.temperature)
 
     def _both(self, model: Any, rows: Sequence[Similar]) -> tuple[Tensor, Tensor]:
         """Vectors of the texts and of the others, (rows, size) each, out of one pass."""
