@@ -196,7 +196,7 @@ class FoldKeys(Section):
     """How a tuned model comes onto the grid that ships: fitted rounding (GPTQ), then learning from the tuned model."""
 
     tokens: Count = Field(
-        24576, description="training tokens that rounding is fitted on and the tuned model is asked about"
+        24576, description="training tokens that rounding is fitted on, and as many others to learn from"
     )
     steps: Annotated[int, Field(ge=0)] = Field(
         80, description="optimizer steps of learning, training.batch_size rows each; 0: fitted rounding alone"

@@ -30,8 +30,8 @@ from qft.training.sensitivity import Felt, choose_grids, expected_divergence, fe
 class FoldPlan:
     """grids: what the target stores weights on.
 
-    tokens: of the training rows that rounding is fitted on. steps: of learning, batch_size rows each; 0: fitted rounding alone.
-    r: rank of the adapter inside the rounding.
+    tokens: of the training rows that rounding is fitted on, and of those to learn from. steps: of learning, batch_size rows each;
+    0: fitted rounding alone. r: rank of the adapter inside the rounding.
     """
 
     grids: Grids
@@ -150,11 +150,16 @@ def learn(
 
 
 def _draw(rows: Sequence[EncodedRow], plan: FoldPlan) -> tuple[list[EncodedRow], list[EncodedRow]]:
-    """Rows to fit rounding on, of `plan.tokens` tokens, and rows to learn from: others, as far as there are any."""
+    """Rows to fit rounding on and rows to learn from: others, as far as there are any."""
     mixed = random.Random(plan.seed).sample(rows, len(rows))
-    ends = list(accumulate(len(row.input_ids) for row in mixed))
-    count = min(bisect_left(ends, plan.tokens) + 1, len(mixed))
-    return mixed[:count], [*mixed[count:], *mixed[:count]][: plan.steps * plan.batch_size]
+    fed = _first(mixed, plan.tokens)
+    return fed, _first([*mixed[len(fed) :], *fed], plan.tokens)[: plan.steps * plan.batch_size]
+
+
+def _first(rows: list[EncodedRow], tokens: int) -> list[EncodedRow]:
+    """As many as hold so many tokens."""
+    ends = list(accumulate(len(row.input_ids) for row in rows))
+    return rows[: bisect_left(ends, tokens) + 1]
 
 
 def _round_head(model: Any, scheme: Scheme) -> None:
