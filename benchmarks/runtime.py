@@ -28,9 +28,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from benchmarks.cells import DATA, MODEL
+from benchmarks.cells import MODEL
 from benchmarks.peers import trial
 from benchmarks.peers.runtime import WAYS, Work
+from benchmarks.rounding_rows import DATA
 from qft.base_model import local_checkpoint
 from qft.bundle.assets import Decoder, copy_tokenizer, write_decoder_configs
 from qft.bundle.session import READS, open_session, physical_cores, reads_tokens
