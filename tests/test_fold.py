@@ -27,7 +27,7 @@ from tests.test_training import FORWARD, PAD, rows
 
 PLAN = FoldPlan(
     grids=Grids(Scheme(4, 32), head=Scheme(8, 64, symmetric=True), finer=(Scheme(8, 32, symmetric=True),), most_bits=5.5),
-    tokens=600, steps=60, batch_size=4, learning_rate=3e-4, r=8, seed=0,
+    tokens=600, steps=60, batch_size=4, learning_rate=1e-3, r=8, seed=0,
 )  # fmt: skip
 
 

@@ -12,11 +12,11 @@ import transformers
 from qft.base_model import load
 from qft.data.encode import Encoded
 from qft.kernels.decoder import decoder
-from qft.kernels.loss import HeadDivergence, HeadLoss, Said
+from qft.kernels.loss import HeadDivergence, HeadDraw, HeadLoss, Said, draw
 from qft.quant.fit import Fitted, decoder_linears
 from qft.quant.grids import Scheme, quantize_nearest
 from qft.quant.linear import grid_layers, put_on_grid
-from qft.training.distill import TopDivergence, draw, teach
+from qft.training.distill import TopDivergence, teach
 from tests.test_kernels import FLOAT32_PARTS, KINDS, fast, gradients, some_rows
 from tests.test_training import FORWARD, rows
 
@@ -116,9 +116,32 @@ def test_divergence_counts_half_on_targets_and_half_on_the_rest_of_every_row(mod
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits.expand(20000, 20), torch.Generator().manual_seed(0))
+    drawn = draw(logits.log_softmax(-1).expand(20000, 20), torch.Generator().manual_seed(0))
     found = torch.bincount(drawn, minlength=20) / 20000
     p = logits[0].softmax(-1)
     assert ((found - p).abs() < 4 * (p * (1 - p) / 20000).sqrt()).all()  # four standard errors
     sure = torch.full((3, 5), -1e4).index_fill(1, torch.tensor([4]), 0.0)
-    assert draw(sure, torch.Generator()).tolist() == [4, 4, 4]
+    assert draw(sure.log_softmax(-1), torch.Generator()).tolist() == [4, 4, 4]
+
+
+def test_a_drawn_token_counts_as_its_position_does_with_the_gradient_of_float64() -> None:
+    chance = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 12, generator=chance).requires_grad_()
+    weight, counts = torch.randn(50, 12, generator=chance), torch.rand(10, generator=chance)
+    found = HeadDraw.apply(hidden, weight, counts, torch.Generator().manual_seed(3))
+    (ours,) = torch.autograd.grad(found, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    log_p = torch.log_softmax(exact @ weight.double().t(), -1)
+    drawn = draw(log_p.detach().float(), torch.Generator().manual_seed(3))
+    wanted = -log_p.gather(-1, drawn[:, None])[:, 0] @ counts.double()
+    (theirs,) = torch.autograd.grad(wanted, exact)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_kernels_draw_as_the_modules_do(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = rows(4)
+    ours = FORWARD.drawn_log_p(model, batch, torch.Generator().manual_seed(1)).item()
+    monkeypatch.setattr("qft.training.causal._kernels", lambda _: None)
+    theirs = FORWARD.drawn_log_p(model, batch, torch.Generator().manual_seed(1)).item()
+    assert ours == pytest.approx(theirs, rel=1e-4)

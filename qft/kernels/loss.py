@@ -55,6 +55,32 @@ class HeadDivergence(_OfHead):
         return total
 
 
+class HeadDraw(_OfHead):
+    """Weighted sum of -log softmax(hidden Wᵀ)[token], the token drawn from that softmax; logits come and go as in `HeadLoss`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, counts: Tensor, chance: torch.Generator) -> Tensor:
+        """hidden: (positions, width); weight: (choices, width), frozen; counts: float32 (positions,). Returns nats, float32."""
+
+        def of_chunk(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            log_p = torch.log_softmax(widened(logits), -1)
+            drawn = draw(log_p, chance)[:, None]
+            nats = -log_p.gather(-1, drawn)[:, 0] @ counts[part]
+            gradient = log_p.exp_().scatter_add_(-1, drawn, log_p.new_full(drawn.shape, -1.0))
+            return nats, gradient.mul_(counts[part, None])
+
+        total, gradient = _by_chunks(hidden, weight, of_chunk)
+        ctx.save_for_backward(gradient)
+        return total
+
+
+def draw(log_p: Tensor, chance: torch.Generator) -> Tensor:
+    """int64 (positions,): a token of each position's distribution. log_p: float32 (positions, vocabulary)."""
+    until = log_p.exp().cumsum(-1)
+    below = torch.rand(len(log_p), 1, generator=chance).to(until.device) * until[:, -1:]
+    return torch.searchsorted(until, below)[:, 0].clamp_(max=log_p.shape[-1] - 1)
+
+
 class Said(NamedTuple):
     """A teacher's likeliest tokens. ids: int64, log_p: float32 (positions, k); rest: float32 (positions,), log of all others' share."""
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from qft.data.encode import Encoded, shared_prefix
 from qft.kernels.decoder import Decoder, decoder
 from qft.kernels.layer import Keep
-from qft.kernels.loss import HeadDivergence, HeadLoss, Said, head_says
+from qft.kernels.loss import HeadDivergence, HeadDraw, HeadLoss, Said, draw, head_says
 from qft.measure.quality import batches
 from qft.progress import OnProgress, Progress, silent
-from qft.training.distill import Teacher, TopDivergence, draw, teach
+from qft.training.distill import Teacher, TopDivergence, teach
 from qft.training.forward import Validation
 from qft.training.runner import may_share, prefill
 
@@ -100,15 +100,18 @@ class CausalForward:
         return total
 
     def drawn_log_p(self, model: Any, rows: Sequence[Encoded], chance: torch.Generator) -> Tensor:
-        """Of a token drawn at each position."""
+        """Of a token drawn at each position, times the root of what the position counts in `divergence`.
+
+        So the mean of its gradients' squares is the curvature of the divergence.
+        """
+        counts = torch.cat([torch.nn.functional.pad(_counts(row), (0, 1)) for row in rows]).sqrt()
         fast = _kernels(model)
         if fast is not None:
-            hidden, head = fast.hidden([row.input_ids for row in rows]), fast.head.weight.detach()
-            with torch.no_grad():
-                drawn = torch.cat([draw(some @ head.t(), chance) for some in hidden.split(_LOGIT_ROWS)])
-            return -HeadLoss.apply(hidden, head, drawn, 0.0)
-        logits = torch.cat(self._all_logits(model, rows)).float()
-        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum")
+            hidden = fast.hidden([row.input_ids for row in rows])
+            return -HeadDraw.apply(hidden, fast.head.weight.detach(), counts, chance)
+        log_p = torch.log_softmax(torch.cat(self._all_logits(model, rows)).float(), -1)
+        drawn = draw(log_p.detach(), chance)[:, None]
+        return log_p.gather(-1, drawn)[:, 0] @ counts.to(log_p.device)
 
     def _nats(self, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Of each target: its cross entropy, float32, and whether it is the first choice."""

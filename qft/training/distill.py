@@ -63,10 +63,3 @@ class TopDivergence(torch.autograd.Function):
         """Gradient of the logits alone."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None], None
-
-
-def draw(logits: Tensor, chance: torch.Generator) -> Tensor:
-    """int64 (positions,): a token of each position's distribution. logits: float (positions, vocabulary)."""
-    until = torch.softmax(logits.float(), -1).cumsum(-1)
-    below = torch.rand(len(logits), 1, generator=chance).to(until.device) * until[:, -1:]
-    return torch.searchsorted(until, below)[:, 0].clamp_(max=logits.shape[-1] - 1)

@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qft.bundle.seq2seq import Reader
 from qft.data.sequences import Pair, Source
+from qft.kernels.loss import draw
 from qft.progress import OnProgress, Progress, silent
-from qft.training.distill import Teacher, TopDivergence, draw, teach
+from qft.training.distill import Teacher, TopDivergence, teach
 from qft.training.forward import Validation
 
 _TOGETHER = 8  # clips of a forward pass without gradients: an encoder's state may be larger than all else
@@ -85,8 +86,8 @@ class Seq2SeqForward:
 
     def drawn_log_p(self, model: Any, rows: Sequence[Pair], chance: torch.Generator) -> Tensor:
         """Of a token drawn at each target."""
-        logits = self._target_logits(model, rows)
-        return -torch.nn.functional.cross_entropy(logits, draw(logits.detach(), chance), reduction="sum")
+        log_p = torch.log_softmax(self._target_logits(model, rows), -1)
+        return log_p.gather(-1, draw(log_p.detach(), chance)[:, None]).sum()
 
     def _logits(self, model: Any, rows: Sequence[Pair]) -> list[Tensor]:
         """float32 (targets, vocabulary) of each row: what is said where a target follows."""
