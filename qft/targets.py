@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qft.errors import InputError, Problem
 from qft.paths import shipped
@@ -44,6 +44,12 @@ class Target(BaseModel):
     fuse: bool = Field(
         False, description="a decoder's layers into onnxruntime's own operators, where they are as qft knows them"
     )
+
+    @model_validator(mode="after")
+    def _fused_in_float32(self) -> Target:
+        if self.fuse and self.half:
+            raise ValueError("fuse needs scale_type float32: float16 graphs keep their own attention")
+        return self
 
     @property
     def half(self) -> bool:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from pydantic import ValidationError
 
 from qft.bundle.seq2seq import OnnxNetwork
 from qft.bundle.session import OnnxRunner
@@ -20,7 +21,7 @@ from qft.graph.export_optimum import export_float
 from qft.graph.half import infer_types, to_half
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
 from qft.quant.grids import Grids, Scheme, dequantize, grids_of, quantize_nearest
-from qft.targets import find_target
+from qft.targets import Target, find_target
 
 ROWS = [[int(x) for x in np.random.default_rng(seed).integers(3, 300, 9 + seed)] for seed in range(4)]
 
@@ -31,6 +32,11 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("float")
     export_float(tiny_model, folder, graphs=["model"], export_task="text-generation-with-past")
     return folder / "model.onnx"
+
+
+def test_a_float16_target_is_not_fused() -> None:
+    with pytest.raises(ValidationError, match="fuse needs scale_type float32"):
+        Target(name="mine", suffix="fp16", scale_type="float16", fuse=True)
 
 
 def with_rounded_weights(source: Path, target: Path, grids: Grids | None) -> Path:

@@ -13,18 +13,24 @@ from qft.bundle.manifest import Bundle, update
 from qft.errors import InputError, StageError
 from qft.files import folder_aside, inside
 from qft.paths import shipped
+from qft.targets import find_target
 
 _ONE_GRAPH = ("text-generation", "text-classification")
+_GENERATE = ("text-generation", "translation")
 _ANSWERS = (*_ONE_GRAPH, "question-answering", "automatic-speech-recognition", "translation")
 
 
 @dataclass(frozen=True)
 class App:
-    """parts: folders of export/apps/ that it is made of. steps: what to type in it. tasks: what it does."""
+    """parts: folders of export/apps/ that it is made of. steps: what to type in it. tasks: what it does.
+
+    half: whether it feeds a float16 graph, whose keys and values are float16, too.
+    """
 
     parts: Sequence[str]
     steps: Sequence[str]
     tasks: Sequence[str]
+    half: bool = False
 
 
 APPS = {
@@ -33,8 +39,10 @@ APPS = {
         ["python -m pip install -r requirements.txt", "python answer.py --check"],
         (*_ONE_GRAPH, "translation"),
     ),
-    "node": App(["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"], _ANSWERS),
-    "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"], _ANSWERS),
+    "node": App(
+        ["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"], _ANSWERS, half=True
+    ),
+    "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"], _ANSWERS, half=True),
     "cpp": App(
         ["cpp"],
         ["cmake -B build -D ONNXRUNTIME=FOLDER", "cmake --build build", "build/answer bundle --check"],
@@ -57,6 +65,12 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
             where="--app",
             hint=f"these do: {able}" if able else "see docs/search.md for programs that do",
         )
+    if not app.half and task in _GENERATE and _is_half(bundle):
+        raise InputError(
+            f"the {name} app does not run float16 graphs that write",
+            where="--app",
+            hint="node and web do; or ship cpu-int4 (export.targets)",
+        )
     if out.exists():
         raise InputError(f"{out} is there already", hint="name a folder that is not, or remove it")
     if problems := bundle.problems():
@@ -71,3 +85,8 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(bundle.folder, file), target)
         update(aside / "bundle", feeding=asdict(Feeding.of(bundle)))  # for bundles that were made before it was written
+
+
+def _is_half(bundle: Bundle) -> bool:
+    target = bundle.manifest["target"]
+    return target != "float" and find_target(target).half

@@ -45,7 +45,7 @@ def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
         advice=advice(summary, knobs),
         carried=carried,
         python="\n".join(python_lines(summary.task, bundle, has_labels=summary.labels is not None)),
-        apps=[name for name, app in APPS.items() if name != "web" and summary.task in app.tasks],
+        apps=sorted((name for name, app in APPS.items() if summary.task in app.tasks), key=lambda name: name != "web"),
         watts_a_core=WATTS_A_CORE,
         euros_a_kwh=EUROS_A_KWH,
     )

@@ -14,6 +14,7 @@ from qft.measure.speed import AnySpeed, measure_in_fresh_process
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.stages.job import Job
+from qft.targets import find_target
 
 NEEDS = ("quantize",)
 
@@ -55,7 +56,7 @@ def run(job: Job) -> Facts:
             provider=keys.provider,
         )
         update(job.run.bundle(name), speed=asdict(speeds[name]))
-        if keys.provider != "cpu" and name != "float":
+        if name != "float" and find_target(name).provider == keys.provider != "cpu":
             on_cpu[name] = _left_to_the_processor(job.run.bundle(name), keys.provider)
     return Facts(machine(), speeds, on_cpu)
 

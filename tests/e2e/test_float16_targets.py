@@ -32,6 +32,9 @@ def test_a_run_ships_float16_targets_that_answer_on_a_processor_as_they_were_mea
             ["a joy to watch at home"], Bundle.load(folder).runner(), max_new_tokens=8
         )
         assert answer.text in ("positive", "negative")
+    refused = typed(recipe_folder, "qft export --app python runs/recipe/bundles/cuda-int4 app")
+    assert refused.returncode == 2
+    assert "does not run float16 graphs" in refused.stderr
     sizes = [sum(p.stat().st_size for p in (recipe_folder / f"runs/recipe/bundles/{name}/onnx").iterdir())
              for name in ("float", "cuda-fp16")]  # fmt: skip
     assert sizes[1] < 0.75 * sizes[0]

@@ -69,6 +69,8 @@ def test_predict_eval_and_check(searched: Path, typed: Type) -> None:
     assert len(done.stdout.splitlines()) == 3
     assert as_json(typed(searched, "qft check --json"))["agrees"]
     assert as_json(typed(searched, "qft eval --json"))["quality"]["metric"] == "recall@1"
+    assert "--app" not in (searched / INT4 / "README.md").read_text()
+    assert "--app" not in (searched / "runs/recipe/report.html").read_text()
     refused = typed(searched, "qft predict --labels a,b dull")
     assert refused.returncode == 2
     refused = typed(searched, "qft run recipe.yaml name=other data.prompt=query:{text}")
