@@ -107,7 +107,7 @@ class CausalForward:
         counts = torch.cat([torch.nn.functional.pad(_counts(row), (0, 1)) for row in rows]).sqrt()
         fast = _kernels(model)
         if fast is not None:
-            hidden = fast.hidden([row.input_ids for row in rows])
+            hidden = fast.hidden([row.input_ids for row in rows], keep=_keep(model))
             return -HeadDraw.apply(hidden, fast.head.weight.detach(), counts, chance)
         log_p = torch.log_softmax(torch.cat(self._all_logits(model, rows)).float(), -1)
         drawn = draw(log_p.detach(), chance)[:, None]
