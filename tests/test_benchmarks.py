@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from benchmarks import runtime
 from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
-from benchmarks.quantization import QUICK, gap
+from benchmarks.quantization import QUICK, SETS, _with_rate, gap, is_current, points, promised, table
 from benchmarks.tasks import Result, gain
 
 
@@ -29,6 +30,70 @@ def test_a_gap_is_of_perplexity_and_its_interval_is_paired() -> None:
     found = gap(nats, [n + 2.0 for n in nats], tokens)  # two hundredths of a nat a token, on every row alike
     assert abs(found.value - 2.02) < 0.01
     assert abs(found.high - found.low) < 1e-6
+
+
+def cell_record(
+    name: str, seed: int, nats: float, *, of: str = "tinyshakespeare", right: bool | None = None
+) -> dict[str, Any]:
+    setting = replace(SETS[of], seed=seed, learning_rates=(2e-3,))
+    found: dict[str, Any] = {
+        "cell": name, "set": of, "seed": seed, "setting": json.loads(json.dumps(asdict(setting))), "row_nats": [nats] * 9,
+        "row_tokens": [10] * 9, "learning_rate": 2e-3,
+    }  # fmt: skip
+    if right is not None:
+        found["row_right"] = [right] * 9
+    if name != "base":
+        found |= {"train_seconds": 100.0, "total_seconds": 150.0 if "fold" in name else 100.0}
+    if "fold" in name:
+        found |= {"fold": fold_words(setting), "bits_per_weight_linear": 5.0, "bits_per_weight_all": 5.5}
+    return found
+
+
+CELL_NATS = {
+    "base": 40.0,
+    "lora-none": 20.0,
+    "lora-nf4": 21.0,
+    "nearest-nf4": 24.0,
+    "fold-none": 20.2,
+    "fold-nf4": 21.1,
+}
+TITLES = {"a": "lora-none", "16-bit LoRA, folded": "fold-none", "NF4 QLoRA, folded": "fold-nf4"}
+
+
+def test_a_line_of_the_table_is_over_seeds_and_its_gap_to_its_own_fine_tune() -> None:
+    kept = [cell_record(name, seed, nats + seed) for seed in (0, 1) for name, nats in CELL_NATS.items()]
+    lines = {line["row"]: line for line in table(kept, TITLES)}
+    assert lines["a"]["perplexity"] == pytest.approx(math.exp(2.05))
+    assert lines["16-bit LoRA, folded"]["gap"]["value"] == pytest.approx(100 * (math.exp(0.02) - 1))
+    assert lines["NF4 QLoRA, folded"]["gap"]["value"] == pytest.approx(100 * (math.exp(0.01) - 1))
+    assert lines["NF4 QLoRA, folded"]["time_ratio"] == 1.5
+    assert "gap" not in lines["untouched base, float"]
+
+
+def test_intents_count_by_points_and_texts_by_gaps() -> None:
+    texts = [cell_record(name, 0, nats) for name, nats in CELL_NATS.items()]
+    intents = [
+        cell_record(name, 0, nats, of="clinc_oos", right=name != "fold-none") for name, nats in CELL_NATS.items()
+    ]
+    found = promised([*table(texts + intents, TITLES)])
+    assert found["gap_percent"] == pytest.approx(100 * (math.exp(0.02) - 1))
+    assert (found["points"], found["points_nf4"]) == (-100, 0)
+    assert points([True, False] * 50, [True, True] * 50).low > 30
+
+
+def test_a_record_of_another_setting_or_folding_is_made_again() -> None:
+    kept = cell_record("fold-none", 1, 20.0)
+    assert is_current(kept, SETS["tinyshakespeare"])
+    assert not is_current(kept, SETS["gsm8k"])
+    assert not is_current(kept, replace(SETS["tinyshakespeare"], steps=301))
+    assert not is_current({**kept, "fold": {**kept["fold"], "folding": 0}}, SETS["tinyshakespeare"])
+
+
+def test_later_seeds_take_the_rate_that_was_best_for_the_first() -> None:
+    first, later = SETS["tinyshakespeare"], replace(SETS["tinyshakespeare"], seed=1)
+    kept = [cell_record("lora-none", 0, 20.0)]
+    assert _with_rate(first, kept).learning_rates == first.learning_rates
+    assert _with_rate(later, kept).learning_rates == (2e-3,)
 
 
 def test_a_gain_is_in_the_metrics_good_direction() -> None:

@@ -30,7 +30,10 @@ from qft.quant.grids import Scheme, in_blocks, scale_and_zero, to_blocks
 from qft.quant.linear import ByWeight
 from qft.training.forward import Forward
 
-_ROWS, _TOKENS = 8, 1024  # at once; what fills rows up has no gradient, so it is not felt. A row with a source, a clip, goes alone
+_ROWS, _TOKENS = (
+    8,
+    1024,
+)  # at once; what fills rows up has no gradient, so it is not felt. A row with a source, a clip, goes alone
 
 
 @dataclass
