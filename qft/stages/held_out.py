@@ -66,17 +66,16 @@ def cuts(job: Job, rows: Sequence[Asked]) -> dict[str, list[str | None]]:
 
 def _columns(job: Job, columns: Sequence[str]) -> dict[str, dict[str, str]]:
     """Where a row stands → its values of some columns, read from the sources again. Raises InputError if they have changed."""
-    found, recorded = {}, {source.sha256 for source in job.facts(prepare.Facts).data}
+    rows, recorded = [], {source.sha256 for source in job.facts(prepare.Facts).data}
     for uri in prepare.row_uris(job.recipe):
         source = fetch(
             uri, relative_to=job.relative_to, cache=job.cache, repo_type="dataset", on_progress=job.on_progress
         )
         if source.sha256 not in recorded:
             raise InputError(f"{uri} has changed since the run", where="report.slices", hint="run it again")
-        for row in read_rows(source.path, **prepare.layout_of(job.recipe)):
-            found[row.where] = {name: text_of(row.values[name]) for name in columns if row.values.get(name) is not None}
-    if missing := [name for name in columns if not any(name in values for values in found.values())]:
-        raise InputError(
-            f"no row has a column {missing[0]!r}", where="report.slices", hint=f"the rows have {', '.join(row.values)}"
-        )
-    return found
+        rows += read_rows(source.path, **prepare.layout_of(job.recipe))
+    prepare.check_columns(columns, [row.values for row in rows])
+    return {
+        row.where: {name: text_of(row.values[name]) for name in columns if row.values.get(name) is not None}
+        for row in rows
+    }

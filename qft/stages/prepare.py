@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def run(job: Job) -> Facts:
     apart = {
         part: [_fetch(job, uri, "dataset") for uri in uris] for part, uris in _held_out_uris(recipe).items() if uris
     }
+    _check_slices(recipe, [source for source, _ in sources] + [source for some in apart.values() for source in some])
     parts, leaks = _split(job, kept, apart)
     copies = _copies(job, parts["train"])
     parts["train"], mixed = _mixed(recipe, [*parts["train"], *copies])
@@ -218,6 +219,20 @@ def _copies(job: Job, train: Sequence[Example]) -> list[Example]:
     listed = _fetch(job, keys.synonyms, "dataset").path.read_text("utf-8") if keys.synonyms else ""
     changes = Changes(keys.word_dropout, keys.word_swap, keys.synonym, read_synonyms(listed))
     return changed_copies(train, changes, copies=keys.copies, prompt=data.prompt, seed=data.seed)
+
+
+def _check_slices(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """The report comes last, hours later."""
+    if columns := recipe.report.slices:
+        rows = [row for source in sources for row in read_rows(source.path, **layout_of(recipe))]
+        check_columns(columns, [row.values for row in rows])
+
+
+def check_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError if one of report.slices is in none of the rows, given by column."""
+    if missing := [name for name in columns if all(row.get(name) is None for row in rows)]:
+        known = ", ".join(dict.fromkeys(name for row in rows for name in row))
+        raise InputError(f"no row has a column {missing[0]!r}", where="report.slices", hint=f"the rows have {known}")
 
 
 def layout_of(recipe: Recipe) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str, code: in
         ("model: TINY\ndata: {train: binary.jsonl}\n", ["binary"]),
         ("model: TINY\ndata: {train: rows.jsonl, text_column: body}\n", ["cannot tell what the columns mean"]),
         ("model: TINY\ndata: {train: rows.jsonl, eval: 200, validation: 1}\n", ["leaves nothing"]),
+        ("model: TINY\ndata: {train: rows.jsonl}\nreport: {slices: [shop]}\n", ["no row has a column 'shop'", "text, label"]),
         ("model: TINY\ndata: {train: rows.jsonl}\nexport: {targets: [cpu-int3]}\n", ["cpu-int4", "cpu-int8"]),
         ("model: cut.gguf\ndata: {train: rows.jsonl}\n", ["cut.gguf", "not a whole .gguf"]),
         ("model: rows.jsonl\ndata: {train: rows.jsonl}\n", ["is not a model"]),
