@@ -85,8 +85,8 @@ def folder_aside(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
+        aside.mkdir()  # in here: an interrupt that comes meanwhile is raised as it returns
         yield aside
         _fsync_tree(aside)
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
