@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from qft.data.encode import Encoded, EncodedRow
+from qft.data.examples import Example
 from qft.data.mix import Mixed
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
@@ -90,3 +92,12 @@ def check_loss_mask(encoded: Sequence[Encoded], *, answers_only: bool) -> None:
             where="data.format",
             hint="the rows have empty prompts; plain text is data.format: text",
         )
+
+
+def majority_percent(parts: Mapping[str, Sequence[Example]]) -> float | None:
+    """Test rows whose answer is the one that most training rows have; None where rows have no labels."""
+    first = parts["train"][0]
+    if first.labels is None or first.passage is not None:  # whether a passage holds an answer is not the answer
+        return None
+    ((answer, _),) = Counter(example.labels for example in parts["train"]).most_common(1)
+    return 100 * sum(example.labels == answer for example in parts["eval"]) / len(parts["eval"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from qft.errors import InputError
 from qft.measure.quality import RowAnswer, higher_is_better
 from qft.measure.scores import Score
 
@@ -70,3 +72,10 @@ def by_length(lengths: Sequence[int], unit: str) -> list[str]:
         for number, edge in enumerate(edges)
     ]
     return [names[int(np.searchsorted(edges, length))] for length in lengths]
+
+
+def check_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError if one of report.slices is in none of the rows, given by column."""
+    if missing := [name for name in columns if all(row.get(name) is None for row in rows)]:
+        known = ", ".join(dict.fromkeys(name for row in rows for name in row))
+        raise InputError(f"no row has a column {missing[0]!r}", where="report.slices", hint=f"the rows have {known}")

@@ -11,7 +11,7 @@ from qft.data.conversations import text_of
 from qft.data.rows import read_rows
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
-from qft.measure.slices import by_length
+from qft.measure.slices import by_length, check_columns
 from qft.report.summary import Asked
 from qft.sources import fetch
 from qft.stages import prepare
@@ -74,7 +74,7 @@ def _columns(job: Job, columns: Sequence[str]) -> dict[str, dict[str, str]]:
         if source.sha256 not in recorded:
             raise InputError(f"{uri} has changed since the run", where="report.slices", hint="run it again")
         rows += read_rows(source.path, **prepare.layout_of(job.recipe))
-    prepare.check_columns(columns, [row.values for row in rows])
+    check_columns(columns, [row.values for row in rows])
     return {
         row.where: {name: text_of(row.values[name]) for name in columns if row.values.get(name) is not None}
         for row in rows

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qft.base_tokens import with_new_tokens
 from qft.data.augment import Changes, changed_copies, read_synonyms
 from qft.data.encode import EncodeCounts, EncodedRow
 from qft.data.examples import Counts, Example, Shape, around_place, to_examples
-from qft.data.inspect import DataReport, length_percentiles
+from qft.data.inspect import DataReport, length_percentiles, majority_percent
 from qft.data.labelled import LabelSet
 from qft.data.mix import Mixed, mix
 from qft.data.rows import read_labelled_rows, read_rows
@@ -23,6 +22,7 @@ from qft.data.split import Leaks, drop_duplicates, split_by_hash, take_by_hash, 
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
 from qft.files import folder_aside, write_text
+from qft.measure.slices import check_columns
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.sources import Source, fetch, local_stamp
@@ -100,7 +100,10 @@ def run(job: Job) -> Facts:
     apart = {
         part: [_fetch(job, uri, "dataset") for uri in uris] for part, uris in _held_out_uris(recipe).items() if uris
     }
-    _check_slices(recipe, [source for source, _ in sources] + [source for some in apart.values() for source in some])
+    if recipe.report.slices:  # the report comes last, maybe hours later
+        everything = [source for source, _ in sources] + sum(apart.values(), [])
+        rows_in = (row for source in everything for row in read_rows(source.path, **layout_of(recipe)))
+        check_columns(recipe.report.slices, [row.values for row in rows_in])
     parts, leaks = _split(job, kept, apart)
     copies = _copies(job, parts["train"])
     parts["train"], mixed = _mixed(recipe, [*parts["train"], *copies])
@@ -132,7 +135,7 @@ def run(job: Job) -> Facts:
         [_fact(s) for s in (*(source for source, _ in sources), *(s for found in apart.values() for s in found))],
         report,
         labels,
-        None if recipe.task == "sentence-similarity" else _majority_percent(parts),
+        None if recipe.task == "sentence-similarity" else majority_percent(parts),
         _prompt_column(recipe),
     )
 
@@ -142,14 +145,6 @@ def _new_checkpoint(job: Job, model: Source, train: Sequence[Example]) -> Path:
     texts = [text for e in train for text in ([e.text] if e.text is not None else [m.content for m in e.messages])]
     seed = job.recipe.training.seed
     return new_checkpoint(model.path, texts, seed=seed, cache=job.cache, on_progress=job.on_progress)
-
-
-def _majority_percent(parts: dict[str, list[Example]]) -> float | None:
-    first = parts["train"][0]
-    if first.labels is None or first.passage is not None:  # whether a passage holds an answer is not the answer
-        return None
-    ((answer, _),) = Counter(example.labels for example in parts["train"]).most_common(1)
-    return 100 * sum(example.labels == answer for example in parts["eval"]) / len(parts["eval"])
 
 
 def _train_uris(recipe: Recipe) -> list[tuple[str, str | None]]:
@@ -219,20 +214,6 @@ def _copies(job: Job, train: Sequence[Example]) -> list[Example]:
     listed = _fetch(job, keys.synonyms, "dataset").path.read_text("utf-8") if keys.synonyms else ""
     changes = Changes(keys.word_dropout, keys.word_swap, keys.synonym, read_synonyms(listed))
     return changed_copies(train, changes, copies=keys.copies, prompt=data.prompt, seed=data.seed)
-
-
-def _check_slices(recipe: Recipe, sources: Sequence[Source]) -> None:
-    """The report comes last, hours later."""
-    if columns := recipe.report.slices:
-        rows = [row for source in sources for row in read_rows(source.path, **layout_of(recipe))]
-        check_columns(columns, [row.values for row in rows])
-
-
-def check_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError if one of report.slices is in none of the rows, given by column."""
-    if missing := [name for name in columns if all(row.get(name) is None for row in rows)]:
-        known = ", ".join(dict.fromkeys(name for row in rows for name in row))
-        raise InputError(f"no row has a column {missing[0]!r}", where="report.slices", hint=f"the rows have {known}")
 
 
 def layout_of(recipe: Recipe) -> dict[str, Any]:
