@@ -1,7 +1,7 @@
 """What a fine-tune keeps on its way into 4 bits: the usual way against folding, on the file that ships.
 
-    python -m benchmarks.quantization --quick --json FILE     # one set, one seed: 25 minutes on 2 cores; --more: more rows
-    python -m benchmarks.quantization --json FILE             # three sets, three seeds: four hours; what FILE holds is not made again
+    python -m benchmarks.quantization --quick --json FILE     # one set, one seed, fewer tokens; --more: more rows
+    python -m benchmarks.quantization --json FILE             # three sets, three seeds: hours; what FILE holds is not made again
     python -m benchmarks.quantization --sets clinc_oos --seeds 0 --json FILE     # a part of it
 
 Every cell runs in a process of its own and is kept under its fingerprint, so a broken or a longer run goes on where it was.
@@ -94,8 +94,7 @@ def cell(name: str, setting: Setting) -> dict[str, Any]:
         cache_folder() / "benchmarks/quantization" / sha256_json([asdict(tuned), versions(), asdict(machine())])[:16]
     )
     path = folder / f"{name}.json"
-    words = fold_words(setting)
-    if path.exists() and json.loads(path.read_text("utf-8")).get("fold", words) != words:
+    if path.exists() and not is_of_this_folding(json.loads(path.read_text("utf-8")), setting):
         path.unlink()
     if not path.exists():
         sys.stderr.write(f"{setting.set} {setting.seed} {name} …\n")
@@ -104,11 +103,17 @@ def cell(name: str, setting: Setting) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def is_of_this_folding(record: dict[str, Any], setting: Setting) -> bool:
+    """Whether a record needs no folding, or was folded as it now is."""
+    words = fold_words(setting)
+    return bool(record.get("fold", words) == words)
+
+
 def is_current(record: dict[str, Any], setting: Setting) -> bool:
     """Whether a record is of this setting, but for its seed and learning rates, and of the folding there now is."""
-    words, of = fold_words(setting), record["setting"]
+    of = record["setting"]
     wanted = {**asdict(setting), "seed": record["seed"], "learning_rates": of["learning_rates"]}
-    return bool(of == wanted and record.get("fold", words) == words)
+    return bool(of == wanted) and is_of_this_folding(record, setting)
 
 
 def records(setting: Setting, names: Sequence[str], known: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,13 +30,10 @@ from qft.quant.grids import Scheme, in_blocks, scale_and_zero, to_blocks
 from qft.quant.linear import ByWeight
 from qft.training.forward import Forward
 
-_ROWS, _TOKENS = (
-    8,
-    1024,
-)  # at once; what fills rows up has no gradient, so it is not felt. A row with a source, a clip, goes alone
+_ROWS, _TOKENS = 8, 1024  # at once: what fills rows up has no gradient, so it is not felt
 
 
-@dataclass
+@dataclass(frozen=True)
 class Felt:
     """What a layer's inputs x and the gradients g of its outputs come to, summed over positions.
 
@@ -64,7 +61,7 @@ def feel(
     chance = torch.Generator().manual_seed(seed)
     model.eval()
     with watched(model, block) as felt:
-        done, together = 0, 1 if any(hasattr(row, "source") for row in rows) else _ROWS
+        done, together = 0, 1 if any(hasattr(row, "source") for row in rows) else _ROWS  # a clip's state may be large
         for batch in batches([len(row.input_ids) for row in rows], together, _TOKENS):
             on_progress(Progress("find what rounding hurts", done, len(rows), "rows"))
             forward.drawn_log_p(model, [rows[i] for i in batch], chance).backward()
@@ -145,7 +142,8 @@ class _Watched(ByWeight):
     @property
     def hessian(self) -> Tensor:
         """Zeros if nothing ever came by."""
-        return torch.zeros(self.in_features, self.in_features) if self.sum is None else self.sum
+        size, device = self.in_features, self.squares.device
+        return torch.zeros(size, size, device=device) if self.sum is None else self.sum
 
     @property
     def learning(self) -> list[Tensor]:
