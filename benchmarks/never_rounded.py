@@ -15,7 +15,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +28,7 @@ from benchmarks.rounding_rows import DATA
 from qft.files import write_json
 from qft.libraries import quiet_transformers
 from qft.measure.machine import machine, versions
-from qft.quant.fit import decoder_linears, dense, fit_rounding
+from qft.quant.fit import Fitted, decoder_linears, fit_rounding
 from qft.quant.grids import Scheme, dequantize, quantize_nearest
 from qft.sources import cache_folder, fetch
 from qft.training.sensitivity import Felt, watched
@@ -90,6 +90,13 @@ def measure(model: Any, rows: dict[str, list[list[int]]], labels: dict[str, list
     known, test = embed(model, rows["known"]), embed(model, rows["test"])
     nearest = (test @ known.t()).argmax(-1).tolist()
     return Found([labels["known"][i] == label for i, label in zip(nearest, labels["test"], strict=True)], test)
+
+
+@torch.no_grad()
+def dense(fitted: Fitted) -> Tensor:
+    """float32 (rows, cols): the weight as it now stands on its grid."""
+    matrix = fitted.matrix
+    return dequantize(replace(matrix, scales=matrix.scales.float() * fitted.gain))
 
 
 @torch.no_grad()

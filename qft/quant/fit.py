@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.gptq import quantize_gptq, refit_scales, revisit
-from qft.quant.grids import Quantized, Scheme, dequantize, quantize_nearest
+from qft.quant.grids import Quantized, Scheme, quantize_nearest
 
 _VISITS = 2
 
@@ -81,10 +81,3 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, scheme: Scheme) -> tuple[Quanti
         scales = matrix.scales * refit_scales(weight, matrix, hessian)
         matrix, latent = revisit(weight, replace(matrix, scales=scales.to(scheme.scale_type)), hessian)
     return matrix, latent, refit_scales(weight, matrix, hessian)
-
-
-@torch.no_grad()
-def dense(fitted: Fitted) -> Tensor:
-    """float32 (rows, cols): the weight as it now stands on its grid."""
-    matrix = fitted.matrix
-    return dequantize(replace(matrix, scales=matrix.scales.float() * fitted.gain))
