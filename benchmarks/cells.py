@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.rounding_rows import INTENTS, Setting, split
 from qft.data.encode import Encoded
 from qft.files import folder_aside, write_json
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 from qft.measure.agreement import log_softmax
 from qft.measure.machine import machine, peak_memory, versions
 from qft.measure.quality import Runner, batches
@@ -351,7 +351,7 @@ def main() -> None:
     from qft.base_model import local_checkpoint
     from qft.data.tokenizer import TextTokenizer
 
-    quiet_transformers()
+    import_transformers()
     name, folder, setting = sys.argv[1], Path(sys.argv[2]), Setting(**json.loads(sys.argv[3]))
     folder.mkdir(parents=True, exist_ok=True)
     source = fetch(MODEL, relative_to=Path(), cache=cache_folder(), repo_type="model")

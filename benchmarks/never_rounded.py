@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.quantization import interval
 from benchmarks.rounding_rows import DATA
 from qft.files import write_json
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 from qft.measure.machine import machine, versions
 from qft.quant.fit import Fitted, decoder_linears, fit_rounding
 from qft.quant.grids import Scheme, dequantize, quantize_nearest
@@ -41,7 +41,7 @@ _BATCH = 64
 
 def load() -> tuple[Any, Any]:
     """Model and tokenizer."""
-    quiet_transformers()
+    import_transformers()
     from transformers import AutoModel, AutoTokenizer
 
     files = [

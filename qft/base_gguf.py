@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from qft.errors import InputError
 from qft.files import folder_aside, write_json, write_text
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 
 CONVERSION = 2  # counts up when a file is read in another way, so that an older conversion in the cache is not taken
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # gguf.TokenType
@@ -42,7 +42,7 @@ class ScoredPieces:
 
 def convert_gguf(path: Path, target: Path) -> None:
     """Write `target` whole: config.json, safetensors in bfloat16, tokenizer. Raises InputError if it cannot be read."""
-    quiet_transformers()
+    import_transformers()
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer

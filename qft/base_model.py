@@ -13,7 +13,7 @@ from qft.base_gguf import CONVERSION, convert_gguf
 from qft.device import attention, compute_type
 from qft.errors import InputError
 from qft.files import exclusive
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers, return_memory
 from qft.progress import OnProgress, Progress, silent
 from qft.sources import Source
 
@@ -135,7 +135,7 @@ def load(
     skip_modules: layers that stay float in a quantized base.
     longest: tokens of the longest row it will be fed, None if that is not known.
     """
-    quiet_transformers()
+    import_transformers()
     import transformers
 
     dtype = compute_type(compute_dtype, device)
@@ -165,6 +165,7 @@ def load(
         model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
     if base != "none":
+        _let_go_of_the_file(model)
         return model
     return (model.dequantize() if is_quantized(folder) else model).to(device)
 
@@ -277,6 +278,16 @@ def keep_quantized_weights_unpacked(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _let_go_of_the_file(model: Any) -> None:
+    """Copy what a quantized model keeps as it was: one such weight keeps all of the file's pages that were read in memory."""
+    import torch
+
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
+    return_memory()
 
 
 def make_head_input_contiguous(model: Any) -> None:

@@ -13,7 +13,7 @@ from qft.base_gguf import CONVERSION
 from qft.base_model import is_quantized
 from qft.errors import InputError
 from qft.files import exclusive, folder_aside, sha256_json, write_json
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 
 _START = 2  # how new rows start; another number where that changes, so that no folder made otherwise is taken
 
@@ -78,7 +78,7 @@ def _add_to_tokenizer(folder: Path, target: Path, tokens: Sequence[str]) -> tupl
 
 
 def _grow_tables(folder: Path, target: Path, known: list[int], new: list[int]) -> None:
-    quiet_transformers()
+    import_transformers()
     import torch
     import transformers
 

@@ -55,6 +55,7 @@ def test_loss_and_gradients_of_gains_and_adapters_are_those_of_the_modules(kind:
 
 def test_divergence_of_a_head_is_exact_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qft.kernels.loss._CHUNK_LOGITS", 3 * 50)
+    monkeypatch.setattr("qft.kernels.loss._WIDE_LOGITS", 2 * 50)
     torch.manual_seed(0)
     hidden, weight, counts = torch.randn(10, 6, requires_grad=True), torch.randn(50, 6), torch.rand(10)
     teacher = torch.log_softmax(2 * torch.randn(10, 50), -1)

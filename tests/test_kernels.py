@@ -128,6 +128,7 @@ def test_attention_is_a_softmax_over_what_may_be_seen(window: int | None) -> Non
 def test_loss_of_a_head_is_exact_over_several_chunks(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A target of probability e^-200 among them: its loss is not cut off."""
     monkeypatch.setattr("qft.kernels.loss._CHUNK_LOGITS", 3 * 50)
+    monkeypatch.setattr("qft.kernels.loss._WIDE_LOGITS", 2 * 50)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(10, 6, requires_grad=True), torch.randn(50, 6), torch.randint(0, 50, (10,))
     with torch.no_grad():

@@ -1,9 +1,11 @@
-"""Memory that was let go goes back to the system."""
+"""Memory that was let go goes back to the system, and what no run needs is never in it."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +23,32 @@ assert float(held[0].sum()) == 20_000
 print(before - psutil.Process().memory_info().rss)
 """
 
+LOADED = """
+import json, sys, torch
+from pathlib import Path
+from qft.base_model import load
+from qft.training.lora import Lora
+own = torch.compile
+model = Lora(4, 8, 0).attach(load(Path(sys.argv[1]), base="nf4", double_quant=True, compute_dtype="float32"))
+import transformers.utils
+assert torch.compile is own and transformers.utils.is_scipy_available()
+maps = Path("/proc/self/maps")
+print(json.dumps({"modules": sorted(sys.modules), "files": maps.read_text() if maps.exists() else ""}))
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own habit")
 def test_freed_memory_goes_back_though_later_pieces_are_still_held() -> None:
     # In a process of its own: what other tests freed before would be counted, or used again.
     done = subprocess.run([sys.executable, "-c", PIECES], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 100e6
+
+
+def test_a_quantized_base_brings_no_library_that_nothing_asks_for_and_keeps_no_page_of_its_file(
+    tiny_model: Path,
+) -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED, tiny_model], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert {"transformers.modeling_utils", "bitsandbytes", "peft"} <= set(found["modules"])
+    assert not {"sklearn", "scipy", "pandas", "pyarrow", "torch._inductor.lowering"} & set(found["modules"])
+    assert "model.safetensors" not in found["files"]

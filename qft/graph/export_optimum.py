@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qft.errors import StageError
 from qft.graph.pool import add_sentence_embedding
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 from qft.progress import OnProgress, Progress, silent
 
 
@@ -25,7 +25,7 @@ def export_float(
     graphs: those wanted of what optimum writes. export_task: optimum's name, such as text-generation-with-past; for
     sentence-similarity a text's vector is formed inside the graph. Raises StageError with optimum's reason.
     """
-    quiet_transformers()
+    import_transformers()
     from optimum.exporters.onnx import main_export
 
     _let_gemma_classify()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qft.kernels.norm import widened
 
-_CHUNK_LOGITS = 2**23  # at once: 170 tokens of SmolLM2's 49,152 choices, 32 of Gemma's 262,144
+_CHUNK_LOGITS = 2**23  # of one product: 170 tokens of SmolLM2's 49,152 choices, 32 of Gemma's 262,144
+_WIDE_LOGITS = 2**20  # of these in float32 at once: what stays in the cache from one pass over them to the next
 
 
 class _OfHead(torch.autograd.Function):
@@ -128,13 +129,16 @@ def _by_chunks(
     hidden: Tensor, weight: Tensor, of_chunk: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Summed nats, and the gradient of `hidden`. of_chunk: logits and their places → nats, and the gradient of the logits."""
-    chunk = max(1, _CHUNK_LOGITS // len(weight))
+    chunk, wide = (max(1, count // len(weight)) for count in (_CHUNK_LOGITS, _WIDE_LOGITS))
     total, gradient = widened(hidden.new_zeros(())), torch.empty_like(hidden)
     for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        nats, d_logits = of_chunk(hidden[part] @ weight.t(), part)
-        total += nats
-        gradient[part] = d_logits.to(hidden.dtype) @ weight
+        logits = hidden[start : start + chunk] @ weight.t()
+        for first in range(0, len(logits), wide):
+            some = logits[first : first + wide]
+            nats, d_logits = of_chunk(some, slice(start + first, start + first + len(some)))
+            some.copy_(d_logits)
+            total += nats
+        torch.mm(logits, weight, out=gradient[start : start + chunk])
     return total, gradient
 
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from qft.libraries import quiet, quiet_transformers
+from qft.libraries import import_transformers, quiet
 
 _LARGEST_ERROR = 1e-3  # of products of 32 numbers near 1 in float32
 
@@ -74,7 +74,7 @@ def _reinstall(packages: str) -> str:
 
 
 def _make_model(folder: Path) -> None:
-    quiet_transformers()
+    import_transformers()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

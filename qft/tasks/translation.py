@@ -17,7 +17,7 @@ from qft.data.labelled import LabelSet
 from qft.data.sequences import Pair, pair_texts
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.measure.translations import measure_translations
 from qft.progress import OnProgress
@@ -129,7 +129,7 @@ def _ids(row: Pair) -> tuple[int, ...]:
 
 def check_translates(folder: Path) -> None:
     """Raises InputError if the checkpoint is no encoder-decoder that reads and writes text, in one vocabulary."""
-    quiet_transformers()
+    import_transformers()
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     found = read_config(folder)

@@ -11,7 +11,7 @@ import torch
 
 from qft.base_model import HEAD_PARTS, make_head_input_contiguous
 from qft.errors import InputError
-from qft.libraries import quiet_transformers
+from qft.libraries import import_transformers
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Lora:
 
     def attach(self, model: Any) -> Any:
         """A PEFT model with a fresh float32 adapter. Raises InputError if no layer has one of the target names."""
-        quiet_transformers()
+        import_transformers()
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(self.seed)
@@ -95,7 +95,7 @@ class Lora:
 
         Tied embeddings stay tied; a head that learnt whole takes the place of the base's.
         """
-        quiet_transformers()
+        import_transformers()
         from peft import PeftModel
 
         own = model.dtype
