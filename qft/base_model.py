@@ -13,7 +13,7 @@ from qft.base_gguf import CONVERSION, convert_gguf
 from qft.device import attention, compute_type
 from qft.errors import InputError
 from qft.files import exclusive
-from qft.libraries import import_transformers, return_memory
+from qft.libraries import freed_at_once, import_transformers, return_memory
 from qft.progress import OnProgress, Progress, silent
 from qft.sources import Source
 
@@ -156,13 +156,14 @@ def load(
                 llm_int8_skip_modules=skipped if skip_modules or head else None,
             )
     model: Any
-    if head is None:
-        model = getattr(transformers, auto).from_pretrained(folder, **options)
-        make_head_input_contiguous(model)
-    elif isinstance(head, PlaceHead):
-        model = _load_reader(folder, options)
-    else:
-        model = _load_classifier(folder, head, options)
+    with freed_at_once():
+        if head is None:
+            model = getattr(transformers, auto).from_pretrained(folder, **options)
+            make_head_input_contiguous(model)
+        elif isinstance(head, PlaceHead):
+            model = _load_reader(folder, options)
+        else:
+            model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
     if base != "none":
         _let_go_of_the_file(model)

@@ -22,7 +22,20 @@ return_memory()
 assert float(held[0].sum()) == 20_000
 print(before - psutil.Process().memory_info().rss)
 """
-
+FREED = """
+import psutil, torch
+from qft.libraries import freed_at_once
+held = torch.ones(1)
+def freed():
+    most = psutil.Process().memory_info().rss
+    pieces, between = [torch.ones(250_000) for _ in range(200)], torch.ones(20_000)
+    del pieces
+    return between, psutil.Process().memory_info().rss - most
+with freed_at_once():
+    inside = [freed() for _ in range(2)]
+outside = [freed() for _ in range(2)]
+print(max(more for _, more in inside), max(more for _, more in outside))
+"""
 LOADED = """
 import json, sys, torch
 from pathlib import Path
@@ -42,6 +55,14 @@ def test_freed_memory_goes_back_though_later_pieces_are_still_held() -> None:
     # In a process of its own: what other tests freed before would be counted, or used again.
     done = subprocess.run([sys.executable, "-c", PIECES], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 100e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own habit")
+def test_what_is_freed_in_a_block_is_the_systems_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    inside, outside = map(int, done.stdout.split())
+    assert inside < 10e6  # 200 MB were asked for and freed, beneath a piece that is held
+    assert outside > 100e6
 
 
 def test_a_quantized_base_brings_no_library_that_nothing_asks_for_and_keeps_no_page_of_its_file(
