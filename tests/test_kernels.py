@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_attention_is_a_softmax_over_what_may_be_seen(window: int | None) -> Non
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(backward, torch.autograd.grad(wanted, (q, k, v), grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_every_token_asks_once_and_products_have_few_sizes() -> None:
+    """A thousand batches of up to 16 rows of up to 600 tokens, with and without a shared beginning."""
+    chance, sizes, like = random.Random(0), set(), torch.zeros(0)
+    for _ in range(1000):
+        rows, prefix = [chance.randint(1, 600) for _ in range(chance.randint(1, 16))], chance.choice([0, 40])
+        pack = Pack([prefix, *rows] if prefix else rows, prefix)
+        asked = []
+        for block in pack.blocks(None, like):
+            numbers = (
+                torch.arange(sum(pack.lengths))[block.queries] if isinstance(block.queries, slice) else block.queries
+            )
+            asked += (numbers if block.real is None else numbers[block.real]).tolist()
+            sizes.add((block.rows, block.mask.shape[2], block.mask.shape[4]))
+        assert sorted(asked) == list(range(sum(pack.lengths)))
+    assert len(sizes) < 60
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -1,61 +1,139 @@
-"""Causal attention over rows that lie end to end: no padding, and no row sees another."""
+"""Causal attention over rows that lie end to end: no row sees another, and short ones go through together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qft.kernels.norm import widened
 
-_BLOCK = 256  # queries at once: what they may not see is not computed, and scores stay within the cache
+_QUERIES = 256  # of a row at once: what they may not see is not computed
+_SCORES = 2**16  # of a head at once: they stay within the cache
+_LEAST = 32  # queries or keys
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries that go through together, as many of each of some rows, and the keys that they may see.
+
+    queries, keys: which tokens, rows one after another. Rows are filled up with copies of the first token, so that there are few
+    sizes: a product of a new size in 16 bits takes 0.6 MB that oneDNN keeps. mask: (rows, 1, queries, 1, keys), 0 or -inf.
+    copies, real: which of the queries are, and are not; None if none is.
+    """
+
+    rows: int
+    queries: Tensor | slice
+    keys: Tensor | slice
+    mask: Tensor
+    copies: Tensor | None
+    real: Tensor | None
+
+
+class _Piece(NamedTuple):
+    """Some queries of a row. tokens: where they and their keys lie; places: where in the row."""
+
+    query_tokens: Tensor
+    key_tokens: Tensor
+    query_places: Tensor
+    key_places: Tensor
 
 
 @dataclass(frozen=True)
 class Pack:
     """Where rows lie among the tokens. prefix: tokens at the very beginning that every row goes on from.
 
-    lengths: of the prefix, if there is one, then of the rows without it. masks: made as they are asked for.
+    lengths: of the prefix, if there is one, then of the rows without it. made: blocks, as they are asked for.
     """
 
     lengths: Sequence[int]
     prefix: int = 0
-    masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict, compare=False)
+    made: dict[tuple[int | None, torch.dtype], list[Block]] = field(default_factory=dict, compare=False)
 
     def positions(self) -> Tensor:
         """int64 (tokens,): each token's place in its own row."""
         return torch.cat([torch.arange(n) + (self.prefix if start else 0) for start, n in self._rows()])
 
-    def blocks(self, window: int | None) -> Iterator[tuple[slice, list[slice], int]]:
-        """Queries that go together, the keys that any of them may see (the prefix's, the row's own), and how many of these keys
-        stand before the first query: what `mask` is asked with.
-        """
+    def blocks(self, window: int | None, like: Tensor) -> list[Block]:
+        """All queries. window: keys a query sees, itself counted; None: all before it. like: of the masks' type and device."""
+        key = (window, like.dtype)
+        if key not in self.made:
+            sizes: dict[tuple[int, int], list[_Piece]] = {}
+            for piece in self._pieces(window):
+                sizes.setdefault((_size(len(piece.query_tokens)), _size(len(piece.key_tokens))), []).append(piece)
+            self.made[key] = [
+                _block(some, *size, window, like)
+                for size, pieces in sizes.items()
+                for some in _runs(pieces, _SCORES // (size[0] * size[1]))
+            ]
+        return self.made[key]
+
+    def _pieces(self, window: int | None) -> Iterator[_Piece]:
         for start, length in self._rows():
             before = self.prefix if start else 0
-            for first in range(0, length, _BLOCK):
-                last = min(first + _BLOCK, length)
+            for first in range(0, length, _QUERIES):
+                last = min(first + _QUERIES, length)
                 # Places count from the row's beginning, the prefix included; keys before `low` are out of every query's sight.
                 low = 0 if window is None else max(0, before + first - window + 1)
-                keys = [slice(low, before)] if low < before else []
-                keys.append(slice(start + max(0, low - before), start + last))
-                yield slice(start + first, start + last), keys, before + first - low
-
-    def mask(self, queries: int, ahead: int, window: int | None, like: Tensor) -> Tensor:
-        """(queries, 1, ahead + queries), 0 or -inf: a query sees itself, what is before it, and no more than `window` of these."""
-        key = (queries, ahead, window, like.dtype)
-        if key not in self.masks:
-            distance = torch.arange(queries)[:, None] + ahead - torch.arange(ahead + queries)
-            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-            self.masks[key] = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)[:, None]
-        return self.masks[key].to(like.device)
+                places, keys = torch.arange(before + first, before + last), torch.arange(low, before + last)
+                yield _Piece(
+                    torch.arange(start + first, start + last), torch.where(keys < before, keys, keys - before + start),
+                    places, keys,
+                )  # fmt: skip
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         start = 0
         for length in self.lengths:
             yield start, length
             start += length
+
+
+def _size(count: int) -> int:
+    """A power of two up to 256, then whole 256s with one of these after them."""
+    rest = count % _QUERIES
+    return count - rest + (max(_LEAST, 1 << (rest - 1).bit_length()) if rest else 0)
+
+
+def _runs(pieces: list[_Piece], most: int) -> Iterator[list[_Piece]]:
+    """As many at once as a power of two says."""
+    start, count = 0, 1 << max(0, most.bit_length() - 1)
+    while start < len(pieces):
+        while count > len(pieces) - start:
+            count //= 2
+        yield pieces[start : start + count]
+        start += count
+
+
+def _block(pieces: list[_Piece], queries: int, keys: int, window: int | None, like: Tensor) -> Block:
+    def filled(parts: list[Tensor], width: int, value: int) -> Tensor:
+        """(rows, width)."""
+        return torch.stack([torch.nn.functional.pad(part, (0, width - len(part)), value=value) for part in parts])
+
+    # Copies see all that is a key, so that their probabilities are numbers, and no one sees a copy.
+    asks = filled([p.query_places for p in pieces], queries, -1)[:, :, None]
+    seen = filled([p.key_places for p in pieces], keys, -1)[:, None]
+    distance = asks - seen
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    hidden = (hidden & (asks >= 0)) | (seen < 0)
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    mask.masked_fill_(hidden.to(like.device), -torch.inf)
+    copy = (asks < 0).flatten()
+    copies, real = (which.nonzero()[:, 0].to(like.device) if copy.any() else None for which in (copy, ~copy))
+    query_tokens, key_tokens = (
+        _tokens(filled(parts, width, 0).flatten(), like)
+        for parts, width in (([p.query_tokens for p in pieces], queries), ([p.key_tokens for p in pieces], keys))
+    )
+    return Block(len(pieces), query_tokens, key_tokens, mask[:, None, :, None], copies, real)
+
+
+def _tokens(which: Tensor, like: Tensor) -> Tensor | slice:
+    """As a slice if they follow each other, which takes no copy."""
+    first, count = int(which[0]), len(which)
+    follow = torch.equal(which, torch.arange(first, first + count))
+    return slice(first, first + count) if follow else which.to(like.device)
 
 
 @dataclass(frozen=True)
@@ -68,53 +146,64 @@ class Attention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> Tensor:
         """q: (tokens, heads, width), k, v: (tokens, key heads, width) → like q."""
         out = torch.empty_like(q)
-        for queries, keys, ahead in pack.blocks(self.window):
-            p = self._probabilities(q[queries], _take(k, keys), pack, ahead)
-            out[queries] = _ungrouped(p @ _take(v, keys), q.shape[1])
+        for block in pack.blocks(self.window, q):
+            p = self._probabilities(_queries(q, block, k.shape[1]), _keys(k, block), block)
+            _put(out, block, p @ _keys(v, block))
         return out
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v. The probabilities are formed again, so that none is kept (arXiv 2205.14135)."""
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(widened(k)), torch.zeros_like(widened(v))
-        for queries, keys, ahead in pack.blocks(self.window):
-            some_k, some_v = _take(k, keys), _take(v, keys)
-            some_q, grad = _grouped(q[queries], k.shape[1]), _grouped(dout[queries], k.shape[1])
-            p = self._probabilities(q[queries], some_k, pack, ahead)
-            _give(dv, keys, p.transpose(1, 2) @ grad)
+        for block in pack.blocks(self.window, q):
+            some_q, some_k, some_v = _queries(q, block, k.shape[1]), _keys(k, block), _keys(v, block)
+            grad = _queries(dout, block, k.shape[1], copies=0.0)
+            p = self._probabilities(some_q, some_k, block)
+            _give(dv, block, p.transpose(1, 2) @ grad)
             ds = torch.ops.aten._softmax_backward_data(grad @ some_v.transpose(1, 2), p, -1, p.dtype)
-            dq[queries] = _ungrouped(ds @ some_k, q.shape[1]).mul_(self.scale)
-            _give(dk, keys, (ds.transpose(1, 2) @ some_q).mul_(self.scale))
+            _put(dq, block, (ds @ some_k).mul_(self.scale))
+            _give(dk, block, (ds.transpose(1, 2) @ some_q).mul_(self.scale))
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
-    def _probabilities(self, q: Tensor, k: Tensor, pack: Pack, ahead: int) -> Tensor:
-        """(key heads, queries · groups, keys)."""
-        scores = (_grouped(q, k.shape[0]) * self.scale) @ k.transpose(1, 2)
-        by_query = scores.view(len(k), len(q), -1, k.shape[1])
-        by_query += pack.mask(len(q), ahead, self.window, scores)
+    def _probabilities(self, q: Tensor, k: Tensor, block: Block) -> Tensor:
+        """(rows · key heads, queries · groups, keys)."""
+        scores = (q * self.scale) @ k.transpose(1, 2)
+        rows, queries, keys = block.rows, block.mask.shape[2], block.mask.shape[4]
+        by_query = scores.view(rows, -1, queries, scores.shape[1] // queries, keys)
+        by_query += block.mask
         return torch.softmax(scores, -1)
 
 
-def _grouped(q: Tensor, key_heads: int) -> Tensor:
-    """(queries, heads, width) → (key heads, queries · groups, width)."""
-    return q.view(len(q), key_heads, -1, q.shape[-1]).transpose(0, 1).reshape(key_heads, -1, q.shape[-1])
+def _queries(x: Tensor, block: Block, key_heads: int, copies: float | None = None) -> Tensor:
+    """(tokens, heads, width) → (rows · key heads, queries · groups, width). copies: a value in their place."""
+    some = x[block.queries]
+    if copies is not None and block.copies is not None:
+        some[block.copies] = copies  # `queries` is no slice then: this is no view
+    queries, width = len(some) // block.rows, x.shape[-1]
+    by_row = some.view(block.rows, queries, key_heads, -1, width).transpose(1, 2)
+    return by_row.reshape(block.rows * key_heads, -1, width)
 
 
-def _ungrouped(x: Tensor, heads: int) -> Tensor:
-    """The way back."""
-    groups = heads // len(x)
-    return x.view(len(x), -1, groups, x.shape[-1]).transpose(0, 1).reshape(-1, heads, x.shape[-1])
+def _keys(x: Tensor, block: Block) -> Tensor:
+    """(tokens, key heads, width) → (rows · key heads, keys, width)."""
+    some = x[block.keys]
+    return some.view(block.rows, -1, *some.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _take(x: Tensor, keys: list[slice]) -> Tensor:
-    """(tokens, key heads, width) → (key heads, keys, width)."""
-    parts = [x[span] for span in keys]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+def _put(total: Tensor, block: Block, found: Tensor) -> None:
+    """Undo `_queries`."""
+    queries, (_, heads, width) = block.mask.shape[2], total.shape
+    by_row = found.view(block.rows, -1, queries, found.shape[1] // queries, width).transpose(1, 2)
+    flat = by_row.reshape(-1, heads, width)
+    if isinstance(block.queries, slice) or block.real is None:
+        total[block.queries] = flat
+    else:
+        total[block.queries[block.real]] = flat[block.real]
 
 
-def _give(total: Tensor, keys: list[slice], found: Tensor) -> None:
-    """Add (key heads, keys, width) where `_take` took from."""
-    start = 0
-    for span in keys:
-        count = span.stop - span.start
-        total[span] += found[:, start : start + count].transpose(0, 1)
-        start += count
+def _give(total: Tensor, block: Block, found: Tensor) -> None:
+    """Add (rows · key heads, keys, width) where `_keys` took from."""
+    by_row = found.view(block.rows, -1, *found.shape[1:]).transpose(1, 2).flatten(0, 1)
+    if isinstance(block.keys, slice):
+        total[block.keys] += by_row
+    else:
+        total.index_add_(0, block.keys, by_row.to(total.dtype))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qft.kernels.norm import widened
 
-_CHUNK_LOGITS = 2**23  # of one product: 170 tokens of SmolLM2's 49,152 choices, 32 of Gemma's 262,144
+_CHUNK_LOGITS = 2**23  # of one product: 160 tokens of SmolLM2's 49,152 choices, 32 of Gemma's 262,144
+_ROWS = 16  # of one product, and multiples of it
 _WIDE_LOGITS = 2**20  # of these in float32 at once: what stays in the cache from one pass over them to the next
 
 
@@ -129,25 +130,37 @@ def _by_chunks(
     hidden: Tensor, weight: Tensor, of_chunk: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Summed nats, and the gradient of `hidden`. of_chunk: logits and their places → nats, and the gradient of the logits."""
-    chunk, wide = (max(1, count // len(weight)) for count in (_CHUNK_LOGITS, _WIDE_LOGITS))
-    total, gradient = widened(hidden.new_zeros(())), torch.empty_like(hidden)
+    wide = max(1, _WIDE_LOGITS // len(weight))
+    total, gradient, chunk = widened(hidden.new_zeros(())), torch.empty_like(hidden), _chunk(weight)
     for start in range(0, len(hidden), chunk):
-        logits = hidden[start : start + chunk] @ weight.t()
-        for first in range(0, len(logits), wide):
-            some = logits[first : first + wide]
-            nats, d_logits = of_chunk(some, slice(start + first, start + first + len(some)))
-            some.copy_(d_logits)
+        some = hidden[start : start + chunk]
+        logits = _filled(some) @ weight.t()
+        for first in range(0, len(some), wide):
+            part = logits[first : min(first + wide, len(some))]
+            nats, d_logits = of_chunk(part, slice(start + first, start + first + len(part)))
+            part.copy_(d_logits)
             total += nats
-        torch.mm(logits, weight, out=gradient[start : start + chunk])
+        gradient[start : start + chunk] = (logits @ weight)[: len(some)]
     return total, gradient
+
+
+def _chunk(weight: Tensor) -> int:
+    """Rows of one product."""
+    rows = max(1, _CHUNK_LOGITS // len(weight))
+    return rows - rows % _ROWS or rows
+
+
+def _filled(hidden: Tensor) -> Tensor:
+    """With zeros up to a multiple of `_ROWS`: see `qft.kernels.attention.Block`."""
+    return torch.nn.functional.pad(hidden, (0, 0, 0, -len(hidden) % _ROWS))
 
 
 def head_says(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Without gradients, as `HeadLoss` takes them: each target's nats, float32 (targets,), and whether it is the first choice."""
-    chunk = max(1, _CHUNK_LOGITS // len(weight))
+    chunk = _chunk(weight)
     nats, right = [], []
     for some, at in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        logits = some @ weight.t()
+        logits = (_filled(some) @ weight.t())[: len(some)]
         nats.append(torch.nn.functional.cross_entropy(widened(logits), at, reduction="none"))
         right.append(logits.argmax(-1) == at)
     return torch.cat(nats), torch.cat(right)
