@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,13 +16,17 @@ from qft.device import Choices
 from qft.licences import warning
 from qft.measure.speed import mb
 
+if TYPE_CHECKING:
+    from qft.training.trial import Trial
+
 _SHOWN_ROWS = 3
 _SHOWN_LABELS = 12
 
 
 @click.command("plan")
+@click.option("--try", "tries", is_flag=True, help="Do a few steps, which takes a minute: how long all of them will.")
 @on_job(required=False)
-def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
+def plan_command(tries: bool, arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     """Prepare the rows and show three of them with what is in the loss, and the stages a run would do.
 
     Stops if no token is in the loss, or all of them are.
@@ -41,6 +46,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
         rows = [(row.where, task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
         how, size = tune.choices(job), ModelSize.of(facts.base_folder)
         todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
+        trial = tune.trial(job) if tries else None
     licences = [warning(source.uri, source.licence) for source in [facts.model, *facts.data]]
     warnings = [*facts.report.warnings(), *dict.fromkeys(filter(None, licences))]
     if as_json:
@@ -51,6 +57,7 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
                 "sources": [asdict(s) for s in [facts.model, *facts.data]],
                 "stages": todo,
                 "tuning": asdict(how),
+                "trial": None if trial is None else asdict(trial),
                 "predicted_run_bytes": run_bytes(size.weights),
                 "rows": [
                     {"where": where, "runs": [{"text": text, "in_loss": flag} for text, flag in runs]}
@@ -59,47 +66,51 @@ def plan_command(arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
             }
         )
         return
-    report = facts.report
-    print_table(
-        "rows",
-        [
-            (
-                "read",
-                f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
-                f"duplicates, {report.conflicts:,} with an answer that contradicts another row",
-            ),
-            *_leaks(report),
-            *_alone(report),
-            ("labels", _labels_text(report.labels)),
-            *(
-                (f"weight {m.weight:g}", f"{m.source}: {m.rows:,} rows to learn → {m.mixed_rows:,}")
-                for m in report.mixed
-            ),
-            (
-                "used",
-                f"{report.train_rows:,} to learn{_changed_text(report)}, {report.validation_rows:,} to choose, "
-                f"{report.eval_rows:,} to test",
-            ),
-            (
-                "tokens",
-                f"{report.train_tokens:,} to learn from, {report.train_target_tokens:,} of them in the loss; a row has "
-                f"{report.length_median} (median), {report.length_95_percent} (95 %), {report.length_longest} (longest)",
-            ),
-            (
-                "lost",
-                f"{report.shortened:,} prompts shortened and {report.cut:,} rows cut by max_length, "
-                f"{report.nothing_in_loss:,} dropped for it, "
-                f"{report.unknown_tokens:,} unknown tokens",
-            ),
-            ("tuned on", _tuning_text(how)),
-            ("memory", f"about {mb(run_bytes(size.weights))} for the whole run"),
-        ],
-    )
+    memory = ("memory", f"about {mb(run_bytes(size.weights))} for the whole run")
+    learning = [] if trial is None else [("learning", _trial_text(trial))]
+    print_table("rows", [*_rows_lines(facts.report), ("tuned on", _tuning_text(how)), *learning, memory])
     for text in warnings:
         print_line(f"\nwarning: {text}")
     print_line("\nThree rows; what is in the loss is marked:\n")
     print_marked(rows)
     print_line(f"stages to do: {', '.join(todo)}")
+
+
+def _rows_lines(report: DataReport) -> list[tuple[str, str]]:
+    """What became of the rows that were read."""
+    return [
+        (
+            "read",
+            f"{report.rows_read:,}: {report.empty:,} empty, {report.in_no_bin:,} in no bin, {report.duplicates:,} exact "
+            f"duplicates, {report.conflicts:,} with an answer that contradicts another row",
+        ),
+        *_leaks(report),
+        *_alone(report),
+        ("labels", _labels_text(report.labels)),
+        *((f"weight {m.weight:g}", f"{m.source}: {m.rows:,} rows to learn → {m.mixed_rows:,}") for m in report.mixed),
+        (
+            "used",
+            f"{report.train_rows:,} to learn{_changed_text(report)}, {report.validation_rows:,} to choose, "
+            f"{report.eval_rows:,} to test",
+        ),
+        (
+            "tokens",
+            f"{report.train_tokens:,} to learn from, {report.train_target_tokens:,} of them in the loss; a row has "
+            f"{report.length_median} (median), {report.length_95_percent} (95 %), {report.length_longest} (longest)",
+        ),
+        (
+            "lost",
+            f"{report.shortened:,} prompts shortened and {report.cut:,} rows cut by max_length, "
+            f"{report.nothing_in_loss:,} dropped for it, {report.unknown_tokens:,} unknown tokens",
+        ),
+    ]
+
+
+def _trial_text(trial: Trial) -> str:
+    return (
+        f"about {trial.seconds / 60:.1f} minutes for {trial.steps:,} steps, at {trial.tokens_per_second:,.0f} tokens/s here; "
+        f"{mb(trial.peak_memory_bytes)} at the peak"
+    )
 
 
 def _tuning_text(how: Choices) -> str:

@@ -17,7 +17,9 @@ from qft.stages.job import Job, dotted, sound_changes
 from qft.tasks.registry import find_task
 
 if TYPE_CHECKING:
+    from qft.data.tokenizer import TextTokenizer
     from qft.training.methods import Method
+    from qft.training.trial import Trial
 
 NEEDS = ("prepare",)
 
@@ -60,14 +62,58 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job, fingerprint: str) -> Facts:
     """Train from the last checkpoint of this very plan, or from the start; save the best step; measure it."""
-    from qft.data.tokenizer import TextTokenizer
-    from qft.training.hearing import hearing
-    from qft.training.loop import fine_tuning, train
+    from qft.training.loop import train
     from qft.training.lora import trainable
-    from qft.training.noise import add_noise
     from qft.training.trackers import check_trackers, tracking
 
-    check_trackers(job.recipe.training.trackers)  # before anything is loaded
+    recipe = job.recipe
+    check_trackers(recipe.training.trackers)  # before anything is loaded
+    work = _work(job)
+    with tracking(recipe.training.trackers, job.run.name, job.run.trackers, dict(dotted(recipe))) as trackers:
+        result = train(
+            work.model,
+            **work.learning,
+            folder=job.run.checkpoints / "tune",
+            metrics=job.run.metrics,
+            plan=fingerprint,
+            on_step=trackers.step,
+        )
+    with folder_aside(job.run.adapter) as aside:
+        work.method.save(work.model, aside)
+    quality = job.measure("tune", job.task.torch_runner(work.model.eval(), work.tokenizer), work.tokenizer)
+    return Facts(
+        quality=quality,
+        **vars(result),
+        trainable_parameters=sum(p.numel() for p in trainable(work.model).values()),
+        choices=work.how,
+    )
+
+
+def trial(job: Job) -> Trial:
+    """A few steps of it, to tell what all of them will take. Nothing is kept."""
+    from qft.training.trial import try_steps
+
+    work = _work(job)
+    return try_steps(work.model, **work.learning)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is tuned, and how. learning: what `train` and `try_steps` ask for besides the model."""
+
+    model: Any
+    tokenizer: TextTokenizer
+    method: Method
+    how: Choices
+    learning: dict[str, Any]
+
+
+def _work(job: Job) -> _Work:
+    from qft.data.tokenizer import TextTokenizer
+    from qft.training.hearing import hearing
+    from qft.training.loop import fine_tuning
+    from qft.training.noise import add_noise
+
     recipe, task, folder = job.recipe, job.task, job.facts(prepare.Facts).base_folder
     tokenizer = TextTokenizer.load(folder)
     new_tokens = [tokenizer.token_id(token) for token in recipe.data.new_tokens or ()]
@@ -87,30 +133,16 @@ def run(job: Job, fingerprint: str) -> Facts:
     add_noise(base, recipe.training.neftune_noise_alpha)
     changes = sound_changes(recipe)
     learning = hearing(forward, changes) if changes else forward
-    with tracking(recipe.training.trackers, job.run.name, job.run.trackers, dict(dotted(recipe))) as trackers:
-        result = train(
-            model,
-            rows,
-            validation,
-            _schedule(recipe, how),
-            fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
-            folder=job.run.checkpoints / "tune",
-            metrics=job.run.metrics,
-            plan=fingerprint,
-            optimizer=how.optimizer,
-            loss_scaling=how.loss_scaling,
-            on_step=trackers.step,
-            on_progress=job.on_progress,
-        )
-    with folder_aside(job.run.adapter) as aside:
-        method.save(model, aside)
-    quality = job.measure("tune", task.torch_runner(model.eval(), tokenizer), tokenizer)
-    return Facts(
-        quality=quality,
-        **vars(result),
-        trainable_parameters=sum(p.numel() for p in trainable(model).values()),
-        choices=how,
-    )
+    asked = {
+        "rows": rows,
+        "validation": validation,
+        "schedule": _schedule(recipe, how),
+        "objective": fine_tuning(learning, label_smoothing=recipe.training.label_smoothing, start=start),
+        "optimizer": how.optimizer,
+        "loss_scaling": how.loss_scaling,
+        "on_progress": job.on_progress,
+    }
+    return _Work(model, tokenizer, method, how, asked)
 
 
 def choices(job: Job) -> Choices:

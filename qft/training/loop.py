@@ -83,6 +83,11 @@ def plan_batches(lengths: Sequence[int], *, rows_per_step: int, epochs: float, s
     return steps[:wanted]
 
 
+def tokens_of(rows: Sequence[EncodedRow]) -> int:
+    """All that are fed, in the loss or not."""
+    return sum(len(row.input_ids) for row in rows)
+
+
 def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:
     """Linear warm-up, then a cosine to zero; `step` counts from 0."""
     warmup = math.ceil(total * schedule.warmup_ratio)
@@ -142,7 +147,7 @@ def train(
     (arXiv 1710.03740). Goes on from the last checkpoint of the same plan. Raises StageError if the loss is not finite or explodes,
     Interrupted on SIGINT or SIGTERM after writing a checkpoint.
     """
-    run = _Run(model, rows, validation, schedule, objective, folder, plan, optimizer, loss_scaling)
+    run = Run(model, rows, validation, schedule, objective, folder, plan, optimizer, loss_scaling)
     at = run.begin()
     resumed, log, watch = at.step, MetricsLog(metrics, at.step), Watch()
     saved = trimmed = time.monotonic()
@@ -190,7 +195,7 @@ def _optimizer(name: str) -> Callable[..., Any]:
     return PagedAdamW8bit
 
 
-class _Run:
+class Run:
     """What a run works with, and its moves. evaluate_at: numbers of the steps after which held-out rows are looked at."""
 
     def __init__(
@@ -250,7 +255,7 @@ class _Run:
         rows = [self.rows[i] for i in self.steps[at.step]]
         loss, norm = self._descend(rows)
         self.objective.after_step()
-        tokens, seconds = sum(len(row.input_ids) for row in rows), time.monotonic() - began
+        tokens, seconds = tokens_of(rows), time.monotonic() - began
         at = replace(
             at,
             step=at.step + 1,

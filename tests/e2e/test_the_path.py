@@ -204,7 +204,12 @@ def test_plan_marks_the_answer(finished: Path, typed: Type) -> None:
     for row in found["rows"]:
         marked = [run["text"] for run in row["runs"] if run["in_loss"]]
         assert marked in (["positive<|im_end|>"], ["negative<|im_end|>"])
-    assert "in the loss" in typed(finished, "qft plan recipe.yaml").stdout
+    assert found["trial"] is None
+    shown = typed(finished, "qft plan recipe.yaml --try").stdout
+    assert "in the loss" in shown
+    assert re.search(
+        r"learning +about \d+\.\d minutes for \d+ steps, at [\d,]+ tokens/s here; \d+.*B at the peak", shown
+    )
 
 
 def test_every_bundle_has_a_model_card_that_the_hub_reads(finished: Path, tiny_model: Path) -> None:
