@@ -132,9 +132,11 @@ def _by_chunks(
     """Summed nats, and the gradient of `hidden`. of_chunk: logits and their places → nats, and the gradient of the logits."""
     wide = max(1, _WIDE_LOGITS // len(weight))
     total, gradient, chunk = widened(hidden.new_zeros(())), torch.empty_like(hidden), _chunk(weight)
+    room = hidden.new_empty(len(_filled(hidden[:chunk])), len(weight))
     for start in range(0, len(hidden), chunk):
         some = hidden[start : start + chunk]
-        logits = _filled(some) @ weight.t()
+        filled = _filled(some)
+        logits = torch.mm(filled, weight.t(), out=room[: len(filled)])
         for first in range(0, len(some), wide):
             part = logits[first : min(first + wide, len(some))]
             nats, d_logits = of_chunk(part, slice(start + first, start + first + len(part)))
