@@ -41,16 +41,8 @@ def sha256_json(value: Any) -> str:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with file_aside(path) as aside:
+        aside.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,15 +57,20 @@ def write_json(path: Path, value: Any) -> None:
 
 def join_files(pieces: Iterable[Path], target: Path) -> None:
     """Write the pieces of a split file in order, so that a reader sees the whole file or none."""
+    with file_aside(target) as aside, aside.open("wb") as out:
+        for piece in pieces:
+            with piece.open("rb") as stream:
+                shutil.copyfileobj(stream, out, _CHUNK_BYTES)
+
+
+@contextmanager
+def file_aside(target: Path) -> Iterator[Path]:
+    """A path beside `target`, for a file that takes its place when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with aside.open("wb") as out:
-            for piece in pieces:
-                with piece.open("rb") as stream:
-                    shutil.copyfileobj(stream, out, _CHUNK_BYTES)
-            out.flush()
-            os.fsync(out.fileno())
+        yield aside
+        _fsync(aside)
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)
@@ -101,8 +98,12 @@ def folder_aside(target: Path) -> Iterator[Path]:
 def _fsync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("r+b") as stream:
-                os.fsync(stream.fileno())
+            _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("r+b") as stream:
+        os.fsync(stream.fileno())
 
 
 def inside(root: Path, name: str) -> Path:

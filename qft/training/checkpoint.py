@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qft.files import write_bytes
+from qft.files import file_aside
 
 # What an optimizer keeps of a parameter: torch's AdamW, and bitsandbytes' in 8 bits.
 _STATE = ("step", "exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
@@ -43,7 +43,8 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items():
             value = value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
             tensors[f"{key}.{name}"] = value.clone() if key.startswith("qmap") else value  # one table for all of them
-    write_bytes(path, save(tensors, {"position": json.dumps(asdict(position)), "plan": plan}))
+    with file_aside(path) as aside:
+        save_file(tensors, aside, {"position": json.dumps(asdict(position)), "plan": plan})
 
 
 def load_checkpoint(
@@ -78,7 +79,8 @@ def _put_back(key: str, value: Tensor, parameter: Tensor) -> Any:
 
 def save_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """The learnt values alone."""
-    write_bytes(path, save({name: p.detach().cpu() for name, p in parameters.items()}))
+    with file_aside(path) as aside:
+        save_file({name: p.detach().cpu() for name, p in parameters.items()}, aside)
 
 
 def load_parameters(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
