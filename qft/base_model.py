@@ -286,7 +286,7 @@ def _let_go_of_the_file(model: Any) -> None:
     import torch
 
     for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter:
+        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     return_memory()
 

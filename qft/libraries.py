@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -52,9 +52,9 @@ def import_transformers() -> None:
 
     with _swapped(utils, is_scipy_available=lambda: False, is_sklearn_available=lambda: False):
         from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
-    with _swapped(torch, compile=lambda function=None, **_: function or (lambda same: same)):
+    eager = {"compile": lambda function=None, **_: function or (lambda same: same)}
+    with suppress(Exception), _swapped(torch, **eager):  # whoever needs a broken one meets the error
         import bitsandbytes  # noqa: F401
-
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers.modeling_gguf_pytorch_utils").setLevel(logging.ERROR)
