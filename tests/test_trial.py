@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qft.training.loop import plan_batches, tokens_of, train
+from qft.data.encode import tokens_of
+from qft.training.loop import plan_batches, train
 from qft.training.trial import try_steps
 from tests.test_training import TUNING, rows, short_schedule, tuned
 

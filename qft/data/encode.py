@@ -36,6 +36,11 @@ class EncodedRow(Protocol):
         """For a JSON line."""
 
 
+def tokens_of(rows: Sequence[EncodedRow]) -> int:
+    """All that are fed, in the loss or not."""
+    return sum(len(row.input_ids) for row in rows)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """input_ids and in_loss have one length; in_loss is True where the token is a target of the loss."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from qft.data.encode import EncodeCounts
+from qft.data.encode import EncodeCounts, tokens_of
 from qft.data.examples import Example
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
@@ -122,5 +122,4 @@ def label_all(
         cut += len(ids) < len(whole)
         unknown += ids.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
         rows.append(Labelled(tuple(ids), tuple(sorted(place[label] for label in example.labels)), text, example.where))
-    tokens = sum(len(row.input_ids) for row in rows)
-    return rows, EncodeCounts(cut, 0, unknown, tokens, len(rows))
+    return rows, EncodeCounts(cut, 0, unknown, tokens_of(rows), len(rows))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from qft.data.audio import RATE, Clip, samples
-from qft.data.encode import EncodeCounts
+from qft.data.encode import EncodeCounts, tokens_of
 from qft.data.examples import Example
 from qft.data.labelled import shortened
 from qft.data.tokenizer import TextTokenizer
@@ -112,8 +112,8 @@ def pair_speech(
             where="training.max_length",
             hint="speech.window_seconds is how long a clip may be",
         )
-    tokens, targets = sum(len(row.input_ids) for row in rows), sum(row.targets for row in rows)
-    return rows, EncodeCounts(0, len(examples) - len(rows), 0, tokens, targets)
+    targets = sum(row.targets for row in rows)
+    return rows, EncodeCounts(0, len(examples) - len(rows), 0, tokens_of(rows), targets)
 
 
 def start_of(tokenizer: TextTokenizer) -> tuple[int, ...]:

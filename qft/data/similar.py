@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from qft.data.encode import EncodeCounts
+from qft.data.encode import EncodeCounts, tokens_of
 from qft.data.examples import Example
 from qft.data.labelled import shortened
 from qft.data.tokenizer import TextTokenizer
@@ -92,8 +92,7 @@ def pair_similar(
         both = (*ids, *other_ids)
         unknown += both.count(tokenizer.unk_id) if tokenizer.unk_id is not None else 0
         rows.append(Similar(both, len(ids), text, other, label, where))
-    tokens = sum(len(row.input_ids) for row in rows)
-    return rows, EncodeCounts(cut, len(examples) - len(rows), unknown, tokens, len(rows))
+    return rows, EncodeCounts(cut, len(examples) - len(rows), unknown, tokens_of(rows), len(rows))
 
 
 _Pair = tuple[str, str, str | None, str]  # text, other text, label, where

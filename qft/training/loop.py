@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qft.data.encode import EncodedRow
+from qft.data.encode import EncodedRow, tokens_of
 from qft.errors import Interrupted
 from qft.files import sha256_json
 from qft.libraries import return_memory
@@ -81,11 +81,6 @@ def plan_batches(lengths: Sequence[int], *, rows_per_step: int, epochs: float, s
             steps += cuts
         epoch += 1
     return steps[:wanted]
-
-
-def tokens_of(rows: Sequence[EncodedRow]) -> int:
-    """All that are fed, in the loss or not."""
-    return sum(len(row.input_ids) for row in rows)
 
 
 def learning_rate_at(step: int, total: int, schedule: Schedule) -> float:

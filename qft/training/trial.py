@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qft.data.encode import EncodedRow
+from qft.data.encode import EncodedRow, tokens_of
 from qft.measure.machine import peak_memory
 from qft.progress import OnProgress, Progress, silent
 from qft.training.checkpoint import Position
-from qft.training.loop import Objective, Run, Schedule, tokens_of
+from qft.training.loop import Objective, Run, Schedule
 
 _LOOKED_AT_ROWS = 32
 
