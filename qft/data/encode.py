@@ -155,7 +155,7 @@ def encode_all(
             where="training.max_length",
             hint=f"all {len(examples)} rows are longer than {max_length} tokens before their answer; raise it",
         )
-    tokens, targets = sum(len(e.input_ids) for e in kept), sum(sum(e.in_loss) for e in kept)
+    tokens, targets = tokens_of(kept), sum(sum(e.in_loss) for e in kept)
     return kept, EncodeCounts(cut, dropped, unknown, tokens, targets, shortened)
 
 
