@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qft.files import write_bytes
+from qft.files import file_aside
 from qft.quant.grids import Quantized, Scheme, pack, unpack
 
 
@@ -23,7 +23,8 @@ def save_matrices(path: Path, matrices: dict[str, Quantized]) -> None:
         tensors[f"{name}.scales"] = matrix.scales
         tensors[f"{name}.zero_points"] = pack(matrix.zero_points, matrix.scheme.bits)
     about = {name: json.dumps({"cols": m.cols, **_as_words(m.scheme)}) for name, m in matrices.items()}
-    write_bytes(path, save({name: t.contiguous().cpu() for name, t in tensors.items()}, about))
+    with file_aside(path) as aside:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, aside, about)
 
 
 def load_matrices(path: Path) -> dict[str, Quantized]:
