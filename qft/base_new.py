@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from qft.errors import InputError
 from qft.files import exclusive, folder_aside, sha256_json, write_json
-from qft.libraries import import_transformers
+from qft.libraries import import_transformers, quiet
 from qft.progress import OnProgress, Progress, silent
 
 _RECIPE = (
@@ -57,7 +57,7 @@ def new_checkpoint(
 
 def _read(path: Path) -> Any:
     """transformers' configuration object, with what all models need."""
-    import_transformers()
+    quiet()
     from transformers import CONFIG_MAPPING
 
     try:
@@ -144,6 +144,7 @@ def _learn(texts: Sequence[str], config: Any, special: dict[int, str], path: Pat
 
 
 def _save_model(config: Any, seed: int, folder: Path, path: Path) -> None:
+    import_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 

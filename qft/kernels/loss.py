@@ -132,7 +132,7 @@ def _by_chunks(
     """Summed nats, and the gradient of `hidden`. of_chunk: logits and their places → nats, and the gradient of the logits."""
     wide = max(1, _WIDE_LOGITS // len(weight))
     total, gradient, chunk = widened(hidden.new_zeros(())), torch.empty_like(hidden), _chunk(weight)
-    room = hidden.new_empty(len(_filled(hidden[:chunk])), len(weight))
+    room = hidden.new_empty(chunk + _ROWS, len(weight))
     for start in range(0, len(hidden), chunk):
         some = hidden[start : start + chunk]
         filled = _filled(some)
