@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rounding_rows import INTENTS, Setting, split
+from benchmarks.moved import moved
+from benchmarks.rounding_rows import INTENTS, MOVED, Setting, split
 from qft.data.encode import Encoded
 from qft.files import folder_aside, write_json
 from qft.libraries import import_transformers
@@ -48,8 +49,10 @@ class Place:
 
 
 def base(place: Place) -> dict[str, Any]:
-    """The untouched model in float32."""
-    return answers(_torch_runner(place, place.base), place.rows["test"])
+    """The untouched model in float32; of a moved one also how far it is from where it was."""
+    found = answers(_torch_runner(place, place.base), place.rows["test"])
+    how = place.base / "moved.json"
+    return found | ({"moved": json.loads(how.read_text("utf-8"))} if how.exists() else {})
 
 
 def lora(place: Place, kind: str) -> dict[str, Any]:
@@ -357,6 +360,8 @@ def main() -> None:
     source = fetch(MODEL, relative_to=Path(), cache=cache_folder(), repo_type="model")
     checkpoint = local_checkpoint(source, cache=cache_folder())
     tokenizer = TextTokenizer.load(checkpoint)
+    if setting.set == MOVED:
+        checkpoint = moved(folder, checkpoint, tokenizer, setting)
     place = Place(folder, setting, checkpoint, tokenizer, split(tokenizer, setting))
     began = time.monotonic()
     with peak_memory() as peak:

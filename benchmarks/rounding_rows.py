@@ -15,6 +15,7 @@ from qft.data.encode import Encoded
 DATA = Path(__file__).parents[2] / "shared/data"
 TEXTS = ("tinyshakespeare", "gsm8k")
 INTENTS = "clinc_oos"  # 150 of them; what counts is how many are named right
+MOVED = f"{TEXTS[0]}, moved base"  # the first text again, on a base that `benchmarks.moved` makes
 _VALIDATION = 16, 64  # rows: windows, intents
 
 
@@ -51,28 +52,30 @@ def split(tokenizer: Any, setting: Setting) -> dict[str, list[Encoded]]:
 
 
 def _windows(tokenizer: Any, setting: Setting) -> Iterator[Encoded]:
-    ids = tokenizer.encode(_text(setting.set))
+    ids = tokenizer.encode(text_of(TEXTS[0] if setting.set == MOVED else setting.set))
     flags = (False, *[True] * (setting.length - 1))
     for start in range(0, len(ids) - setting.length + 1, setting.length):
         yield Encoded(tuple(ids[start : start + setting.length]), flags, 1, None, f"{setting.set}:{start}")
 
 
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
+    """A text, whole."""
     if name == "tinyshakespeare":
         with gzip.open(DATA / name / "input.txt.gz", "rt", encoding="utf-8") as stream:
             return stream.read()
-    return "\n".join(f"{line['instruction']}\n{line['output']}\n" for line in _lines(f"{name}/train.jsonl.gz"))
+    return "\n".join(f"{line['instruction']}\n{line['output']}\n" for line in lines_of(f"{name}/train.jsonl.gz"))
 
 
 def _named(tokenizer: Any) -> Iterator[Encoded]:
     """A sentence, then its intent in words, which alone is in the loss."""
-    for number, line in enumerate(_lines(f"{INTENTS}/train.jsonl.gz")):
+    for number, line in enumerate(lines_of(f"{INTENTS}/train.jsonl.gz")):
         asked = tokenizer.encode(f"{line['text']}\nIntent:")
         named = tokenizer.encode(f" {line['label'].replace('_', ' ')}\n")
         flags = (*[False] * len(asked), *[True] * len(named))
         yield Encoded((*asked, *named), flags, len(asked), None, f"{INTENTS}:{number}")
 
 
-def _lines(path: str) -> Iterator[dict[str, str]]:
+def lines_of(path: str) -> Iterator[dict[str, str]]:
+    """Rows of a .jsonl.gz of shared/data."""
     with gzip.open(DATA / path, "rt", encoding="utf-8") as stream:
         yield from map(json.loads, stream)

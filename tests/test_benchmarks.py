@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import runtime
 from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
+from benchmarks.moved import off_grid
 from benchmarks.quantization import QUICK, SETS, _with_rate, gap, is_current, points, promised, table
+from benchmarks.rounding_rows import MOVED
 from benchmarks.tasks import Result, gain
 
 
@@ -87,6 +90,22 @@ def test_a_record_of_another_setting_or_folding_is_made_again() -> None:
     assert not is_current(kept, SETS["gsm8k"])
     assert not is_current(kept, replace(SETS["tinyshakespeare"], steps=301))
     assert not is_current({**kept, "fold": {**kept["fold"], "folding": 0}}, SETS["tinyshakespeare"])
+
+
+def test_a_weight_between_two_points_of_the_old_grid_is_off_it_by_a_share_of_a_step() -> None:
+    codes = torch.randint(0, 16, (8, 64), generator=torch.Generator().manual_seed(0)).float()
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # as GGUF chooses steps, a block holds its least and its largest code
+    old = {"a": codes * 0.25 - 2}
+    assert off_grid(old, old) < 1e-6
+    assert off_grid(old, {"a": old["a"] + 0.25 * 7.3}) == pytest.approx(0.3, rel=1e-4)
+
+
+def test_a_moved_base_stands_for_itself() -> None:
+    kept = [{**cell_record(name, 0, nats + 0.5 * ("fold" in name)), "set": MOVED} for name, nats in CELL_NATS.items()]
+    both = promised([*table([cell_record(name, 0, nats) for name, nats in CELL_NATS.items()] + kept, TITLES)])
+    assert both["gap_percent"] == pytest.approx(100 * (math.exp(0.02) - 1))
+    assert both["gap_percent_moved_base"] == pytest.approx(100 * (math.exp(0.07) - 1))
+    assert "gap_percent" not in promised([*table(kept, TITLES)])
 
 
 def test_later_seeds_take_the_rate_that_was_best_for_the_first() -> None:
