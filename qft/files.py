@@ -63,11 +63,16 @@ def join_files(pieces: Iterable[Path], target: Path) -> None:
                 shutil.copyfileobj(stream, out, _CHUNK_BYTES)
 
 
+def _beside(target: Path, ending: str) -> Path:
+    """This process's own hidden path in the folder of `target`, which then exists."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.{os.getpid()}.{ending}")
+
+
 @contextmanager
 def file_aside(target: Path) -> Iterator[Path]:
     """A path beside `target`, for a file that takes its place when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    aside = _beside(target, "part")
     try:
         yield aside
         _fsync(aside)
@@ -79,14 +84,13 @@ def file_aside(target: Path) -> Iterator[Path]:
 @contextmanager
 def folder_aside(target: Path) -> Iterator[Path]:
     """A new empty folder beside `target` that takes its place, whole, when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    aside = _beside(target, "part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()  # in here: an interrupt that comes meanwhile is raised as it returns
         yield aside
         _fsync_tree(aside)
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        old = _beside(target, "old")
         if target.exists():
             target.replace(old)
         aside.replace(target)

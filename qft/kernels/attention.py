@@ -22,15 +22,14 @@ class Block:
 
     queries, keys: which tokens, rows one after another. Rows are filled up with copies of the first token, so that there are few
     sizes: a product of a new size in 16 bits takes 0.6 MB that oneDNN keeps. mask: (rows, 1, queries, 1, keys), 0 or -inf.
-    copies, real: which of the queries are, and are not; None if none is.
+    real: which of the queries are none, and the tokens that these are; None if all of them are.
     """
 
     rows: int
     queries: Tensor | slice
     keys: Tensor | slice
     mask: Tensor
-    copies: Tensor | None
-    real: Tensor | None
+    real: tuple[Tensor, Tensor] | None
 
 
 class _Piece(NamedTuple):
@@ -120,13 +119,13 @@ def _block(pieces: list[_Piece], queries: int, keys: int, window: int | None, li
     hidden = (hidden & (asks >= 0)) | (seen < 0)
     mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
     mask.masked_fill_(hidden.to(like.device), -torch.inf)
-    copy = (asks < 0).flatten()
-    copies, real = (which.nonzero()[:, 0].to(like.device) if copy.any() else None for which in (copy, ~copy))
     query_tokens, key_tokens = (
-        _tokens(filled(parts, width, 0).flatten(), like)
+        filled(parts, width, 0).flatten()
         for parts, width in (([p.query_tokens for p in pieces], queries), ([p.key_tokens for p in pieces], keys))
     )
-    return Block(len(pieces), query_tokens, key_tokens, mask[:, None, :, None], copies, real)
+    places = (asks.flatten() >= 0).nonzero()[:, 0]
+    real = None if len(places) == len(query_tokens) else (places.to(like.device), query_tokens[places].to(like.device))
+    return Block(len(pieces), _tokens(query_tokens, like), _tokens(key_tokens, like), mask[:, None, :, None], real)
 
 
 def _tokens(which: Tensor, like: Tensor) -> Tensor | slice:
@@ -147,7 +146,7 @@ class Attention:
         """q: (tokens, heads, width), k, v: (tokens, key heads, width) → like q."""
         out = torch.empty_like(q)
         for block in pack.blocks(self.window, q):
-            p = self._probabilities(_queries(q, block, k.shape[1]), _keys(k, block), block)
+            p = self._probabilities(_by_head(q[block.queries], block, k.shape[1]), _keys(k, block), block)
             _put(out, block, p @ _keys(v, block))
         return out
 
@@ -155,8 +154,8 @@ class Attention:
         """Gradients of q, k and v. The probabilities are formed again, so that none is kept (arXiv 2205.14135)."""
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(widened(k)), torch.zeros_like(widened(v))
         for block in pack.blocks(self.window, q):
-            some_q, some_k, some_v = _queries(q, block, k.shape[1]), _keys(k, block), _keys(v, block)
-            grad = _queries(dout, block, k.shape[1], copies=0.0)
+            some_q, some_k, some_v = _by_head(q[block.queries], block, k.shape[1]), _keys(k, block), _keys(v, block)
+            grad = _by_head(_upstream(dout, block), block, k.shape[1])
             p = self._probabilities(some_q, some_k, block)
             _give(dv, block, p.transpose(1, 2) @ grad)
             ds = torch.ops.aten._softmax_backward_data(grad @ some_v.transpose(1, 2), p, -1, p.dtype)
@@ -173,14 +172,21 @@ class Attention:
         return torch.softmax(scores, -1)
 
 
-def _queries(x: Tensor, block: Block, key_heads: int, copies: float | None = None) -> Tensor:
-    """(tokens, heads, width) → (rows · key heads, queries · groups, width). copies: a value in their place."""
-    some = x[block.queries]
-    if copies is not None and block.copies is not None:
-        some[block.copies] = copies  # `queries` is no slice then: this is no view
-    queries, width = len(some) // block.rows, x.shape[-1]
+def _by_head(some: Tensor, block: Block, key_heads: int) -> Tensor:
+    """Of a block's queries, (rows · queries, heads, width) → (rows · key heads, queries · groups, width)."""
+    queries, width = len(some) // block.rows, some.shape[-1]
     by_row = some.view(block.rows, queries, key_heads, -1, width).transpose(1, 2)
     return by_row.reshape(block.rows * key_heads, -1, width)
+
+
+def _upstream(dout: Tensor, block: Block) -> Tensor:
+    """(rows · queries, heads, width): of copies zero."""
+    if block.real is None:
+        return dout[block.queries]
+    places, tokens = block.real
+    found = dout.new_zeros(block.rows * block.mask.shape[2], *dout.shape[1:])
+    found[places] = dout[tokens]
+    return found
 
 
 def _keys(x: Tensor, block: Block) -> Tensor:
@@ -190,14 +196,15 @@ def _keys(x: Tensor, block: Block) -> Tensor:
 
 
 def _put(total: Tensor, block: Block, found: Tensor) -> None:
-    """Undo `_queries`."""
+    """Undo `_by_head`, and write it where `block.queries` took it from."""
     queries, (_, heads, width) = block.mask.shape[2], total.shape
     by_row = found.view(block.rows, -1, queries, found.shape[1] // queries, width).transpose(1, 2)
     flat = by_row.reshape(-1, heads, width)
-    if isinstance(block.queries, slice) or block.real is None:
+    if block.real is None:
         total[block.queries] = flat
     else:
-        total[block.queries[block.real]] = flat[block.real]
+        places, tokens = block.real
+        total[tokens] = flat[places]
 
 
 def _give(total: Tensor, block: Block, found: Tensor) -> None:
