@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,8 @@ from qft.licences import warning
 from qft.measure.speed import mb
 
 if TYPE_CHECKING:
+    from qft.stages import prepare
+    from qft.stages.job import Job
     from qft.training.trial import Trial
 
 _SHOWN_ROWS = 3
@@ -31,49 +33,92 @@ def plan_command(tries: bool, arguments: tuple[str, ...], runs: Path, as_json: b
 
     Stops if no token is in the loss, or all of them are.
     """
+    screen = Screen(quiet=as_json)
+    with screen.shown(), open_job(arguments, runs=runs, required=False, on_progress=screen.on_progress) as job:
+        plan = _planned(job, screen, tries=tries)
+    if as_json:
+        print_json(plan.as_dict())
+    else:
+        _show(plan)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What would be done. run_bytes: predicted of the whole run. without_kernel: target → operators its provider lacks."""
+
+    facts: prepare.Facts
+    how: Choices
+    run_bytes: int
+    trial: Trial | None
+    without_kernel: dict[str, list[str]]
+    stages: list[str]
+    rows: list[tuple[str, list[tuple[str, bool]]]]
+
+    @property
+    def sources(self) -> list[prepare.SourceFact]:
+        """The model, and what rows come from."""
+        return [self.facts.model, *self.facts.data]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Of the rows, then of licences, then of targets."""
+        licences = [warning(source.uri, source.licence) for source in self.sources]
+        targets = [
+            f"{name}: its provider has no kernel for {', '.join(operators)}, which onnxruntime then runs on the processor"
+            for name, operators in self.without_kernel.items()
+        ]
+        return [*self.facts.report.warnings(), *dict.fromkeys(filter(None, licences)), *targets]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "data": asdict(self.facts.report),
+            "warnings": self.warnings,
+            "sources": [asdict(source) for source in self.sources],
+            "stages": self.stages,
+            "tuning": asdict(self.how),
+            "trial": None if self.trial is None else asdict(self.trial),
+            "predicted_run_bytes": self.run_bytes,
+            "rows": [
+                {"where": where, "runs": [{"text": text, "in_loss": flag} for text, flag in runs]}
+                for where, runs in self.rows
+            ],
+        }
+
+
+def _planned(job: Job, screen: Screen, *, tries: bool) -> _Plan:
     from qft import pipeline
     from qft.data.tokenizer import TextTokenizer
     from qft.device_memory import ModelSize
+    from qft.graph.providers import without_kernel, written
     from qft.known_bases import run_bytes
     from qft.stages import prepare, tune
+    from qft.targets import find_target
 
-    screen = Screen(quiet=as_json)
-    with screen.shown(), open_job(arguments, runs=runs, required=False, on_progress=screen.on_progress) as job:
-        pipeline.run(job, ["prepare"], on_stage=screen.on_stage)
-        facts, marks = job.facts(prepare.Facts), pipeline.fingerprints(job)
-        tokenizer = TextTokenizer.load(facts.base_folder)
-        task = job.task
-        rows = [(row.where, task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]]
-        how, size = tune.choices(job), ModelSize.of(facts.base_folder)
-        todo = [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])]
-        trial = tune.trial(job) if tries else None
-    licences = [warning(source.uri, source.licence) for source in [facts.model, *facts.data]]
-    warnings = [*facts.report.warnings(), *dict.fromkeys(filter(None, licences))]
-    if as_json:
-        print_json(
-            {
-                "data": asdict(facts.report),
-                "warnings": warnings,
-                "sources": [asdict(s) for s in [facts.model, *facts.data]],
-                "stages": todo,
-                "tuning": asdict(how),
-                "trial": None if trial is None else asdict(trial),
-                "predicted_run_bytes": run_bytes(size.weights),
-                "rows": [
-                    {"where": where, "runs": [{"text": text, "in_loss": flag} for text, flag in runs]}
-                    for where, runs in rows
-                ],
-            }
-        )
-        return
-    memory = ("memory", f"about {mb(run_bytes(size.weights))} for the whole run")
-    learning = [] if trial is None else [("learning", _trial_text(trial))]
-    print_table("rows", [*_rows_lines(facts.report), ("tuned on", _tuning_text(how)), *learning, memory])
-    for text in warnings:
+    pipeline.run(job, ["prepare"], on_stage=screen.on_stage)
+    facts, marks = job.facts(prepare.Facts), pipeline.fingerprints(job)
+    tokenizer, targets = TextTokenizer.load(facts.base_folder), map(find_target, job.recipe.export.targets)
+    lacking = {target.name: without_kernel(target, written(target)) for target in targets}
+    return _Plan(
+        facts,
+        tune.choices(job),
+        run_bytes(ModelSize.of(facts.base_folder).weights),
+        tune.trial(job) if tries else None,
+        {name: operators for name, operators in lacking.items() if operators},
+        [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])],
+        [(row.where, job.task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]],
+    )
+
+
+def _show(plan: _Plan) -> None:
+    memory = ("memory", f"about {mb(plan.run_bytes)} for the whole run")
+    learning = [] if plan.trial is None else [("learning", _trial_text(plan.trial))]
+    print_table("rows", [*_rows_lines(plan.facts.report), ("tuned on", _tuning_text(plan.how)), *learning, memory])
+    for text in plan.warnings:
         print_line(f"\nwarning: {text}")
     print_line("\nThree rows; what is in the loss is marked:\n")
-    print_marked(rows)
-    print_line(f"stages to do: {', '.join(todo)}")
+    print_marked(plan.rows)
+    print_line(f"stages to do: {', '.join(plan.stages)}")
 
 
 def _rows_lines(report: DataReport) -> list[tuple[str, str]]:
@@ -115,7 +160,7 @@ def _trial_text(trial: Trial) -> str:
 
 def _tuning_text(how: Choices) -> str:
     """On what and how, and what differs from the recipe."""
-    where = "the processor" if how.device == "cpu" else f"{how.device}, {mb(how.predicted_bytes)} predicted at the peak"
+    where = f"{'the processor' if how.device == 'cpu' else how.device}, {mb(how.predicted_bytes)} foretold at the peak"
     rows = f"{how.batch_size} rows at once" + (f", {how.accumulation} times a step" if how.accumulation > 1 else "")
     kind = f"{how.dtype}{' with the loss scaled' if how.loss_scaling else ''}" if how.dtype != "auto" else ""
     return "; ".join(filter(None, [where, rows, kind, *how.notes]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class TargetFacts:
     """One shipped bundle. bits_per_weight: codes, scales and zero points over the quantized weights, all counted once.
 
     large_activations: of a float16 target, module → its largest output on held-out rows, if that is above 10,000.
+    without_kernel: operator → nodes, of those that the target's provider leaves to the processor.
     """
 
     quality: Quality
@@ -38,6 +40,7 @@ class TargetFacts:
     bits_per_weight: float
     calibration: Calibration | None
     large_activations: dict[str, float]
+    without_kernel: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         large = _large_activations(job) if target.half else {}
         if target.half:
             update(aside, large_activations=large)
+        without = _without_kernel(target, [aside / name for name in files.values()])
         calibration = _calibration(job, aside)
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         job.on_progress(Progress("golden cases", 0))
@@ -118,7 +122,16 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         8 * sum(t.bytes for t in tensors) / weights if weights else 16.0,
         calibration,
         large,
+        without,
     )
+
+
+def _without_kernel(target: Target, files: list[Path]) -> dict[str, int]:
+    """What of the graphs the target's provider cannot run."""
+    from qft.graph.providers import count_operators, without_kernel
+
+    found = sum(map(count_operators, files), Counter())
+    return {name: found[name] for name in without_kernel(target, found)}
 
 
 def _positions(job: Job) -> int | None:

@@ -84,7 +84,8 @@ def summarize(job: Job, rows: Sequence[Asked] | None = None) -> Summary:
     target = job.recipe.export.targets[0]
     sizes = {"float": TargetSize(exported.bundle_bytes, None)} if exported else {}
     sizes |= {
-        name: TargetSize(t.bundle_bytes, t.bits_per_weight) for name, t in (shipped.targets if shipped else {}).items()
+        name: TargetSize(t.bundle_bytes, t.bits_per_weight, t.large_activations, t.without_kernel)
+        for name, t in (shipped.targets if shipped else {}).items()
     }
     verify_record = stages.get("verify")
     return Summary(
