@@ -13,7 +13,7 @@ from qft.measure.quality import RowAnswer
 from qft.measure.scores import difference, score_of
 from qft.measure.slices import by_length, slices
 from qft.measure.transcripts import error_percents
-from qft.measure.translations import bleu
+from qft.measure.translations import bleu, chrf
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "home"]
 
@@ -54,6 +54,7 @@ def test_of_any_rows_it_is_what_measuring_those_rows_gives(seed: int) -> None:
     assert value("wer", answers, rows=some) == pytest.approx(words)
     assert value("cer", answers, rows=some) == pytest.approx(characters)
     assert value("bleu", answers, rows=some) == pytest.approx(bleu(said, expected, "").value)
+    assert value("chrf", answers, rows=some) == pytest.approx(chrf(said, expected).value)
     nats, targets = sum(a.loss * a.targets for a in part), sum(a.targets for a in part)
     assert value("loss", answers, rows=some) == pytest.approx(nats / targets)
     assert value("perplexity", answers, rows=some) == pytest.approx(np.exp(nats / targets))
@@ -73,7 +74,27 @@ def test_answers_that_were_not_asked_for_count_in_the_loss_alone() -> None:
     assert value("exact_match", [asked, silent]) == 100
     assert value("f1", [asked, silent]) == 100
     assert value("loss", [asked, silent]) == 2
-    assert score_of("chrf", [asked]) is None
+    assert value("chrf", [asked, silent]) == pytest.approx(100)
+    assert np.isnan(value("mrr", [asked, silent]))  # nothing was looked for
+
+
+def test_short_and_empty_answers_have_the_chrf_that_sacrebleu_gives_them() -> None:
+    pairs = [("ab", "abc"), ("", "a b"), ("好的，谢谢", "好的 谢谢你"), ("a  b", "ab")]
+    for some in ([pair] for pair in pairs):
+        assert value("chrf", [RowAnswer("", right, said, False, True, 0.0) for said, right in some]) == pytest.approx(
+            chrf([said for said, _ in some], [right for _, right in some]).value
+        )
+
+
+def test_what_was_looked_for_has_intervals_by_its_rank() -> None:
+    ranks = [1, 1, 2, 6, 11] * 20
+    answers = [RowAnswer("", "", "", rank == 1, True, 0.0, rank=rank) for rank in ranks]
+    assert [value(f"recall@{most}", answers) for most in (1, 5, 10)] == pytest.approx([40, 60, 80])
+    assert value("mrr", answers) == pytest.approx(100 * np.mean([1 / rank for rank in ranks]))
+    score = score_of("recall@1", answers)
+    assert score is not None
+    low, high = score.interval(range(100))
+    assert 28 < low < 40 < high < 52
 
 
 def test_the_interval_is_that_of_the_normal_approximation() -> None:

@@ -37,7 +37,7 @@ class RowAnswer:
 
     ended: by the model itself. probability: that it gives its answer, where it chooses among labels. asked: False if only
     its loss was taken; answer, right and ended then mean nothing. f1: 0 to 1, of the words it shares with what was expected, where
-    answers are compared so.
+    answers are compared so. rank: from 1, of the first right one among what was found, where texts are looked for.
     """
 
     where: str
@@ -50,6 +50,7 @@ class RowAnswer:
     targets: int = 1
     asked: bool = True
     f1: float | None = None
+    rank: int | None = None
 
 
 @dataclass(frozen=True)

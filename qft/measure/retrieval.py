@@ -92,7 +92,8 @@ def measure_retrieval(
             how.witness.look(number, found.logits[number][None])
         wanted, said = (_named(rows[i], row.label is not None) for i in (number, place))
         expected = row.label if row.label is not None else wanted
-        answers.append(RowAnswer(row.where, expected, said, bool(ranks[number] == 1), True, float(nats[number])))
+        rank = int(ranks[number])
+        answers.append(RowAnswer(row.where, expected, said, rank == 1, True, float(nats[number]), rank=rank))
     first, five, ten = (100 * float(np.mean(ranks <= most)) for most in (1, 5, 10))
     figures = Retrieval(first, five, ten, 100 * float(np.mean(1 / ranks)))
     headline = "recall@1" if how.metric == "auto" else how.metric

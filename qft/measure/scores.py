@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from qft.measure.tool_calls import same_calls
 from qft.measure.translations import language_of, words_of
 
 _MAX_ORDER = 4  # of BLEU's n-grams
+_CHRF_ORDER, _CHRF_BETA = 6, 2  # of chrF's, which are of characters; how much more recall weighs than precision
 _DRAWS = 2000
 
 
@@ -51,14 +53,14 @@ class Difference:
 
 
 def score_of(metric: str, answers: Sequence[RowAnswer], labels: Labels | None = None) -> Score | None:
-    """How a task's metric (or `loss`) comes about, row by row. None of chrF, whose sums sacrebleu keeps to itself.
+    """How a task's metric (or `loss`) comes about, row by row.
 
-    labels: those that macro F1 is of. Values are in the metric's own unit: percent, nats, BLEU's 0 to 100.
+    labels: those that macro F1 is of. Values are in the metric's own unit: percent, nats, BLEU's and chrF's 0 to 100.
     """
     if metric == "macro_f1":
         return None if labels is None else _macro_f1(answers, labels)
-    if metric == "bleu":
-        return _bleu(answers)
+    if metric in ("bleu", "chrf"):
+        return _bleu(answers) if metric == "bleu" else _chrf(answers)
     found = _RATIOS.get(metric)
     if found is None:
         return None
@@ -112,6 +114,14 @@ def _call(answer: RowAnswer) -> tuple[float, float]:
     return (float(same_calls(read_calls(answer.answer), expected)), 1.0) if expected else (0.0, 0.0)
 
 
+def _found_among(most: int) -> Callable[[RowAnswer], tuple[float, float]]:
+    return lambda answer: (0.0, 0.0) if answer.rank is None else (float(answer.rank <= most), 1.0)
+
+
+def _inverse_rank(answer: RowAnswer) -> tuple[float, float]:
+    return (0.0, 0.0) if answer.rank is None else (1 / answer.rank, 1.0)
+
+
 def _words_wrong(answer: RowAnswer) -> tuple[float, float]:
     import jiwer
 
@@ -141,6 +151,10 @@ _RATIOS: dict[str, tuple[Callable[[RowAnswer], tuple[float, float]], Callable[[n
     "tool_call": (_call, _percent),
     "wer": (_words_wrong, _percent),
     "cer": (_characters_wrong, _percent),
+    "recall@1": (_found_among(1), _percent),
+    "recall@5": (_found_among(5), _percent),
+    "recall@10": (_found_among(10), _percent),
+    "mrr": (_inverse_rank, _percent),
     "perplexity": (_nats, _perplexity),
     "loss": (_nats, _ratio),
 }
@@ -186,3 +200,35 @@ def _bleu(answers: Sequence[RowAnswer]) -> Score:
         return np.array(flat).reshape(sums.shape[:-1])
 
     return Score(sums, value)
+
+
+def _chrf(answers: Sequence[RowAnswer]) -> Score:
+    """A row adds, for every length of n-gram, those it has, those expected, and those in both.
+
+    chrF2 of Popović (WMT 2015) as sacrebleu 2 counts it: without white space; a length that either side has no n-gram of is left out.
+    """
+    counts = [_shared_ngrams(answer) if answer.asked else [0] * 3 * _CHRF_ORDER for answer in answers]
+
+    def value(sums: np.ndarray) -> np.ndarray:
+        said, expected, both = np.moveaxis(sums.reshape(*sums.shape[:-1], _CHRF_ORDER, 3), -1, 0)
+        there = (said > 0) & (expected > 0)
+        lengths = np.maximum(1, there.sum(-1))
+        precision, recall = (
+            np.divide(both, of, out=np.zeros_like(both), where=there).sum(-1) / lengths for of in (said, expected)
+        )
+        weight, divisor = _CHRF_BETA**2, _CHRF_BETA**2 * precision + recall
+        shared = np.divide((1 + weight) * precision * recall, divisor, out=np.zeros_like(divisor), where=divisor > 0)
+        return np.asarray(100 * shared)
+
+    return Score(np.array(counts, dtype=np.float64).reshape(len(answers), -1), value)
+
+
+def _shared_ngrams(answer: RowAnswer) -> list[int]:
+    said, expected = ("".join(text.split()) for text in (answer.answer, answer.expected))
+    found = []
+    for length in range(1, _CHRF_ORDER + 1):
+        ours, theirs = (
+            Counter(text[i : i + length] for i in range(len(text) - length + 1)) for text in (said, expected)
+        )
+        found += [ours.total(), theirs.total(), (ours & theirs).total()]
+    return found
