@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from qft.files import write_bytes
 
 TOP = 64  # likeliest tokens kept a position; what the others hold together is one more class
+_AT_ONCE = 32  # positions: what is formed of their logits on the way takes 50 bytes a logit
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,9 @@ class Record:
 
     def look(self, row: int, logits: np.ndarray) -> None:
         """logits: float (targets, vocabulary) of held-out row number `row`. Kept: 12 · 64 bytes a target."""
-        log_p = log_softmax(logits)
-        count = min(TOP, log_p.shape[-1])
-        ids = np.argpartition(-log_p, count - 1, axis=-1)[:, :count]
-        ids = np.take_along_axis(ids, np.take_along_axis(-log_p, ids, -1).argsort(-1), -1)
-        kept = np.take_along_axis(log_p, ids, -1)
-        self.rows[row] = (ids.astype(np.int32), kept, _log_rest(kept))
+        found = [_likeliest(some) for some in pieces(logits)]
+        ids, log_p, rest = (np.concatenate(part) for part in zip(*found, strict=True))
+        self.rows[row] = (ids, log_p, rest)
 
     def save(self, path: Path) -> None:
         """As .npz without pickled objects."""
@@ -66,7 +65,8 @@ class Comparison:
     def look(self, row: int, logits: np.ndarray) -> None:
         """logits: float (targets, vocabulary) of the same row that the record saw."""
         ids, log_p, rest = self.record.rows[row]
-        ours = np.take_along_axis(log_softmax(logits), ids, -1)
+        theirs = zip(pieces(logits), pieces(ids), strict=True)
+        ours = np.concatenate([np.take_along_axis(log_softmax(some), chosen, -1) for some, chosen in theirs])
         self.targets += len(ids)
         self.same += int((logits.argmax(-1) == ids[:, 0]).sum())
         self.nats += float((np.exp(log_p) * (log_p - ours)).sum() + (np.exp(rest) * (rest - _log_rest(ours))).sum())
@@ -74,6 +74,21 @@ class Comparison:
     def agreement(self) -> Agreement:
         """Over all rows seen."""
         return Agreement(100 * self.same / self.targets, self.nats / self.targets)
+
+
+def pieces(positions: np.ndarray) -> Iterator[np.ndarray]:
+    """A few positions at a time, so that what is formed of their logits is small."""
+    yield from (positions[start : start + _AT_ONCE] for start in range(0, len(positions), _AT_ONCE))
+
+
+def _likeliest(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int32 and float64 (positions, k), the likeliest first, and float64 (positions,): see `Record`."""
+    log_p = log_softmax(logits)
+    count = min(TOP, log_p.shape[-1])
+    ids = np.argpartition(-log_p, count - 1, axis=-1)[:, :count]
+    ids = np.take_along_axis(ids, np.take_along_axis(-log_p, ids, -1).argsort(-1), -1)
+    kept = np.take_along_axis(log_p, ids, -1)
+    return ids.astype(np.int32), kept, _log_rest(kept)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -12,13 +12,14 @@ from qft.data.conversations import read_calls
 from qft.data.encode import Encoded
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
+from qft.measure.agreement import pieces
 from qft.measure.answers import exact_match, f1
 from qft.measure.quality import MOST_TOKENS, Measuring, Quality, RowAnswer, Runner, batches
 from qft.measure.tool_calls import count_calls, same_calls
 from qft.measure.translations import TranslationScores
 from qft.progress import Progress
 
-_MOST_LOGITS = 200_000_000  # of one forward pass, 0.8 GB: an ONNX decoder gives those of every position, needed or not
+_MOST_LOGITS = 50_000_000  # of one forward pass, 0.2 GB: an ONNX decoder gives those of every position, needed or not
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,24 @@ def _teacher_forced(
         begin = min(row.first_target, row.answer_start)
         part = values[keep - (end - begin) :]
         targets, flags = np.array(row.input_ids[begin:end]), np.array(row.in_loss[begin:end])
-        top = part.max(-1)
-        nats = top + np.log(np.exp(part - top[:, None]).sum(-1)) - part[np.arange(len(targets)), targets]
-        hits = part.argmax(-1) == targets
+        nats, hits = _nats_and_hits(part, targets)
         at = row.answer_start - begin
         preferred = max(first, key=lambda label: part[at, first[label]]) if first else None
         places = begin + flags.nonzero()[0]
-        yield _Forced(nats[flags].astype(np.float64), hits[flags], places, preferred), part[flags]
+        yield (
+            _Forced(nats[flags].astype(np.float64), hits[flags], places, preferred),
+            part if flags.all() else part[flags],
+        )
+
+
+def _nats_and_hits(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every position: minus the log of its target's share, float32, and whether that is the first choice."""
+    nats, hits = [], []
+    for some, wanted in zip(pieces(logits), pieces(targets), strict=True):
+        top = some.max(-1)
+        nats.append(top + np.log(np.exp(some - top[:, None]).sum(-1)) - some[np.arange(len(wanted)), wanted])
+        hits.append(some.argmax(-1) == wanted)
+    return np.concatenate(nats), np.concatenate(hits)
 
 
 def _chosen(rows: Sequence[Encoded], turns: Sequence[Turn], how: Measuring, tokenizer: TextTokenizer) -> list[Turn]:
