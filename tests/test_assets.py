@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qft.bundle.assets import Decoder, write_decoder_configs, write_window
+from qft.bundle.assets import Decoder, name_provider, write_decoder_configs, write_window
 from qft.data.tokenizer import TextTokenizer
 
 
@@ -22,6 +22,14 @@ def test_a_tokenizer_that_adds_bos_says_so(adds_bos: bool, tiny_model: Path, tmp
     assert settings.get("add_bos_token", False) == adds_bos
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert TextTokenizer.load(tmp_path).stop_ids == (2,)
+
+
+@pytest.mark.parametrize(("provider", "named"), [("cpu", []), ("cuda", [{"cuda": {}}]), ("directml", [{"dml": {}}])])
+def test_genai_is_told_what_runs_the_decoder(provider: str, named: list[object], tiny_model: Path, tmp_path: Path) -> None:
+    write_decoder_configs(tiny_model, tmp_path, Decoder("onnx/model_q4f16.onnx", ["input_ids"], False, (2,), 2, False))
+    name_provider(tmp_path, provider)
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["provider_options"] == named
 
 
 def test_features_that_transformers_takes_for_granted_are_named(tiny_whisper: Path, tmp_path: Path) -> None:

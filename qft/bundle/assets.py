@@ -23,6 +23,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "preprocessor_config.json",
 )
+_GENAI_PROVIDERS = {"cuda": "cuda", "directml": "dml", "webgpu": "webgpu"}  # as its model builder names them
 # transformers takes these for granted where a model does not name them, transformers.js does not.
 _WHISPER_FEATURES = {"sampling_rate": 16000, "n_fft": 400, "hop_length": 160, "padding_value": 0.0}
 
@@ -111,6 +112,16 @@ def read_generation(folder: Path) -> dict[str, Any]:
     """A model's or a bundle's generation_config.json; empty if there is none."""
     path = folder / "generation_config.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def name_provider(bundle: Path, provider: str) -> None:
+    """Into genai_config.json: what onnxruntime-genai is to run a target's decoder on; it takes the processor if nothing is named."""
+    path = bundle / "genai_config.json"
+    if provider in _GENAI_PROVIDERS and path.exists():
+        config = json.loads(path.read_text("utf-8"))
+        options = config["model"]["decoder"]["session_options"]
+        options["provider_options"] = [{_GENAI_PROVIDERS[provider]: {}}]
+        write_json(path, config)
 
 
 def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class OnnxRunner:
         self._fused = self._longest is not None
         self._keeps_logits = KEPT_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
         self._in_place = self._fused and provider == "cpu"
+        self._past_device = "cuda" if provider == "cuda" else "cpu"  # where keys and values stay between two steps
 
     def prefill(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[np.ndarray, Cache]:
         """Feed left-padded rows; float32 logits (rows, at least the last `keep` positions, vocabulary) and the cache.
@@ -169,10 +170,19 @@ class OnnxRunner:
             self.session.run_with_iobinding(past.binding)
             logits, past.used = past.binding.get_outputs()[-1], mask.shape[1]
         else:
-            results = self.session.run_with_ort_values(self._outputs, feed | past.values)
-            found = dict(zip(self._outputs, results, strict=True))
+            found = self._run_bound(feed | past.values)
             logits, past = found["logits"], Past({n: found[_present(n)] for n in self._past}, mask.shape[1])
         return logits.numpy().astype(np.float32, copy=False), Cache(past, mask, positions[:, -1] + 1)
+
+    def _run_bound(self, feed: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        """Every output by name; keys and values stay on the device, which fed them or will be fed them."""
+        binding = self.session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name == "logits" else self._past_device)
+        self.session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def _bound(self, past: Past) -> ort.IOBinding:
         binding = self.session.io_binding()

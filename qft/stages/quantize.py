@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.bundle.assets import name_provider
 from qft.bundle.golden import as_json
 from qft.bundle.manifest import Bundle, size_bytes, update
 from qft.files import folder_aside
@@ -105,6 +106,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
                 job.on_progress,
             )
         export.describe(job, aside, target=target.name, models=files)
+        name_provider(aside, target.provider)
         update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
         large = _large_activations(job) if target.half else {}
         if target.half:
