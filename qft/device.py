@@ -18,6 +18,7 @@ import psutil
 
 from qft.device_memory import ModelSize, Tuning, tuning_bytes
 from qft.errors import InputError
+from qft.processor_memory import processor_bytes
 
 Kind = Literal["cpu", "cuda", "mps"]
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
@@ -30,6 +31,7 @@ _WINDOWS_KEPT_FREE = 0.1  # of a card: beyond its budget Windows moves memory to
 # Rows up to this length are faster with plain attention on a CPU: training SmolLM2 on rows of 60 tokens ran at 440 tokens/s
 # against 351 with torch's fused kernel, whose forward pass took a fifth of the step. Longer rows need its smaller memory.
 _PLAIN_ATTENTION_TOKENS = 512
+_FULL_TOKENS = 1024  # of one pass: with fewer, a processor's products are slower
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,12 @@ def why_not_base(device: Device, base: str) -> str | None:
 class Choices:
     """How a run is tuned. batch_size and accumulation: their product is the recipe's rows of one step.
 
-    dtype: as `compute_dtype`. predicted_bytes: at the peak, 0 on a processor. notes: what differs from the recipe, and why.
+    dtype: as `compute_dtype`. predicted_bytes: at the peak; on a processor of the whole process. notes: what differs from the recipe,
+    and why.
     """
 
     device: Kind
     dtype: str
-    attention: str
     optimizer: Optimizer
     batch_size: int
     accumulation: int
@@ -151,65 +153,106 @@ class Choices:
 
 
 def choose(
-    card: Device | None, size: ModelSize, wanted: Tuning, *, device: str, dtype: str, accumulation: int
+    card: Device | None,
+    size: ModelSize,
+    wanted: Tuning,
+    *,
+    device: str,
+    dtype: str,
+    accumulation: int,
+    memory: int,
+    max_memory: int | None = None,
 ) -> Choices:
     """The card if it can hold the base and a step of one row, else the processor, with the reason.
 
-    device: auto or a kind, as the recipe has it. dtype: auto or a torch type's name. Raises InputError with the reason if a
-    kind is named and cannot be.
+    device: auto or a kind, as the recipe has it. dtype: auto or a torch type's name. memory: bytes that the process may hold on the
+    processor. max_memory: the recipe's, which stands in its place, and bounds the card's. Raises InputError with the reason if a kind
+    is named and cannot be, or if a step of one row takes more memory than there is.
     """
+    memory = max_memory or memory
     if device == "cpu" or (device == "auto" and card is None):
-        return _on_processor(wanted, dtype, accumulation)
+        return _on_processor(size, wanted, dtype, accumulation, memory)
     if card is None or (device != "auto" and card.kind != device):
         raise InputError(f"torch sees no {device} device here", where="training.device", hint="write auto or cpu")
     reason = why_not_base(card, wanted.base)
     if reason is None:
+        usable = min(card.usable_bytes, max_memory or card.usable_bytes)
         for tuning in _leaner_and_leaner(wanted):
             needed = tuning_bytes(size, tuning)
             if card.kind == "mps" and tuning.optimizer != "adamw":
                 continue
-            if needed <= card.usable_bytes:
-                return _on_card(card, wanted, tuning, needed, dtype, accumulation)
-        reason = f"a step of one row takes {needed / 1e9:.1f} GB, and {card.usable_bytes / 1e9:.1f} can be used on {card.name}"
+            if needed <= usable:
+                found = dtype if dtype != "auto" else compute_dtype(card) or "float32"
+                return _chosen(card.kind, wanted, tuning, needed, found, accumulation)
+        reason = f"a step of one row takes {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} can be used on {card.name}"
     if device != "auto":
         raise InputError(reason, where="training.device", hint="write auto or cpu, or take a smaller base")
-    return replace(_on_processor(wanted, dtype, accumulation), notes=(f"tuned on the processor: {reason}",))
+    how = _on_processor(size, wanted, dtype, accumulation, memory)
+    return replace(how, notes=(f"tuned on the processor: {reason}", *how.notes))
 
 
 def _leaner_and_leaner(wanted: Tuning) -> Iterator[Tuning]:
     """What costs least time first: an optimizer of 8 bits, then activations computed twice, then fewer rows at once."""
-    rows = wanted.rows
-    while rows:
+    for rows in [wanted.rows, *(n for n in _divisors(wanted.rows) if wanted.apart)]:
         yield replace(wanted, rows=rows)
         yield replace(wanted, rows=rows, optimizer="paged_adamw_8bit")
         yield replace(wanted, rows=rows, optimizer="paged_adamw_8bit", checkpointing=True)
-        rows = next((n for n in range(rows // 2, 0, -1) if wanted.rows % n == 0), 0)
 
 
-def _on_processor(wanted: Tuning, dtype: str, accumulation: int) -> Choices:
-    plain = attention("cpu", wanted.tokens)
-    scaled = dtype == "float16"
-    return Choices("cpu", dtype, plain, "adamw", wanted.rows, accumulation, wanted.checkpointing, scaled, 0)
+def _on_processor(size: ModelSize, wanted: Tuning, dtype: str, accumulation: int, memory: int) -> Choices:
+    """Raises InputError if not even a step of one row fits."""
+    for tuning in _leaner_on_processor(wanted):
+        needed = processor_bytes(size, tuning)
+        if needed <= memory:
+            return _chosen("cpu", wanted, tuning, needed, dtype, accumulation)
+    shorter = [n for n in (1024, 512, 256, 128, 64) if n < wanted.tokens and size.kind != "whisper"]
+    fitting = [n for n in shorter if processor_bytes(size, replace(tuning, tokens=n)) <= memory]
+    raise InputError(
+        f"a step of {_counted(tuning.rows, 'row')} of {wanted.tokens} tokens takes {needed / 1e9:.2f} GB, and "
+        f"{memory / 1e9:.2f} can be used here",
+        where="training.max_memory",
+        hint=f"training.max_length={fitting[0]} fits"
+        if fitting
+        else "a smaller base is needed: `qft models` lists some",
+    )
 
 
-def _on_card(card: Device, wanted: Tuning, tuning: Tuning, needed: int, dtype: str, accumulation: int) -> Choices:
+def _leaner_on_processor(wanted: Tuning) -> Iterator[Tuning]:
+    """What costs least time first: fewer rows at once while their products are large, activations computed twice, fewer rows yet."""
+    counts = [wanted.rows, *(n for n in _divisors(wanted.rows) if wanted.apart)]
+    plain = [n for n in counts if n * wanted.tokens >= _FULL_TOKENS] or counts[:1]
+    yield from (replace(wanted, rows=n) for n in (plain[-1:] if wanted.least else plain))
+    yield from (replace(wanted, rows=n, checkpointing=True) for n in counts if n <= plain[-1])
+
+
+def _divisors(rows: int) -> Iterator[int]:
+    """Half as many, or fewer, and so on down to one: each goes into `rows`."""
+    count = rows
+    while count > 1:
+        count = next(n for n in range(count // 2, 0, -1) if rows % n == 0)
+        yield count
+
+
+def _chosen(kind: Kind, wanted: Tuning, tuning: Tuning, needed: int, dtype: str, accumulation: int) -> Choices:
     notes = []
     if tuning.optimizer != wanted.optimizer:
         notes.append("the optimizer holds its state in 8 bits, and the processor's memory takes what the card's cannot")
     if tuning.checkpointing and not wanted.checkpointing:
         notes.append("activations are computed twice (gradient checkpointing)")
     if tuning.rows < wanted.rows:
-        notes.append(f"{tuning.rows} rows at once instead of {wanted.rows}, as many a step")
-    found = dtype if dtype != "auto" else compute_dtype(card) or "float32"
+        notes.append(f"{_counted(tuning.rows, 'row')} at once instead of {wanted.rows}, as many a step")
     return Choices(
-        card.kind,
-        found,
-        attention(card.kind, wanted.tokens),
+        kind,
+        dtype,
         tuning.optimizer,
         tuning.rows,
         accumulation * wanted.rows // tuning.rows,
         tuning.checkpointing,
-        found == "float16",
+        dtype == "float16",
         needed,
         tuple(notes),
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

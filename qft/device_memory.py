@@ -25,7 +25,8 @@ _KEPT = re.compile(r"embed|wte|wpe|lm_head|^shared\b|relative_attention|classifi
 @dataclass(frozen=True)
 class ModelSize:
     """Counts that memory follows from. linear_weights: those that can be held in few bits. linear_sides: rows and columns of
-    these matrices, summed. largest_linear: weights of one. inner: width inside a layer's MLP.
+    these matrices, summed; linear_rows: rows alone. largest_linear: weights of one. inner: width inside a layer's MLP. kind:
+    config.json's model_type.
     """
 
     linear_weights: int
@@ -36,6 +37,9 @@ class ModelSize:
     hidden: int
     inner: int
     vocabulary: int
+    linear_rows: int
+    heads: int
+    kind: str
 
     @property
     def weights(self) -> int:
@@ -64,12 +68,21 @@ class ModelSize:
             hidden=hidden,
             inner=_first(text, "intermediate_size", "decoder_ffn_dim", "d_ff", "n_inner", default=4 * hidden),
             vocabulary=_first(text, "vocab_size", default=1),
+            linear_rows=sum(rows for rows, _ in matrices),
+            heads=_first(text, "num_attention_heads", "n_head", "encoder_attention_heads", "num_heads", default=1),
+            kind=str(text.get("model_type", "")),
         )
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What of a recipe decides the memory. rows, tokens: of one forward pass. r: rank of the adapter; 0: every weight learns."""
+    """What of a recipe decides the memory. rows, tokens: of one forward pass. r: rank of the adapter; 0: every weight learns.
+
+    On a processor also width: bytes of a number in what it computes in; targets: tokens of a row that logits are formed for;
+    fused: whether layers go through qft's kernels.
+    apart: whether the rows of a step may go through one after another; a loss over pairs needs them together. least:
+    whether as few rows as are fast go through at once even where more fit.
+    """
 
     base: str
     double_quant: bool
@@ -78,6 +91,11 @@ class Tuning:
     tokens: int
     checkpointing: bool = False
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    width: int = 2
+    targets: int = 0
+    fused: bool = False
+    apart: bool = True
+    least: bool = False
 
 
 def tuning_bytes(size: ModelSize, tuning: Tuning) -> int:

@@ -20,6 +20,7 @@ from qft.recipe_tasks import (
     TextGenerationKeys,
     TranslationKeys,
 )
+from qft.recipe_training import TrainingKeys
 
 
 class DataKeys(Section):
@@ -144,51 +145,6 @@ class LoraKeys(Section):
     init_lora_weights: Literal["default", "pissa"] = Field(
         "default",
         description="pissa: the base's largest singular directions learn (arXiv 2404.02948; needs quantization.base none)",
-    )
-
-
-class TrainingKeys(Section):
-    """The training loop."""
-
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto",
-        description="where the model is tuned; auto: on the GPU if it holds the base and a step, see docs/gpu.md",
-    )
-    epochs: Positive = Field(1, description="passes over the training rows")
-    learning_rate: Positive = Field(2e-4, description="peak of the cosine schedule")
-    warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")
-    batch_size: Count = Field(16, description="rows of one forward pass")
-    gradient_accumulation_steps: Count = Field(1, description="forward passes of one optimizer step")
-    max_length: Count = Field(
-        512,
-        description="tokens; longer rows are cut, and counted: a conversation loses its oldest turns, then the middle of its "
-        "longest, before its answer; plain texts are cut into pieces",
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
-    label_smoothing: Share = Field(
-        0.0, description="share of a target's probability spread over all choices in the loss (arXiv 1512.00567)"
-    )
-    neftune_noise_alpha: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="noise on the embeddings while training, 5 to 15 for instructions (NEFTune, arXiv 2310.05914)"
-    )
-    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, about a third more time"
-    )
-    evaluations: Annotated[int, Field(ge=0)] = Field(
-        4, description="how often in a run the validation rows are measured"
-    )
-    patience: Count | None = Field(
-        None, description="stop after so many measurements without a better validation loss; none: train to the end"
-    )
-    checkpoint_minutes: Positive = Field(2, description="minutes between checkpoints to resume from")
-    seed: int = Field(0, description="seed of adapter weights, dropout and order of batches")
-    trackers: list[
-        Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"]
-    ] = Field(
-        [],
-        description="what is told of every step, through accelerate: tensorboard writes into the run's folder, others where they "
-        "are set up to, which may be another machine; each needs its own package",
     )
 
 

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from qft.recipe import Recipe
@@ -18,7 +18,8 @@ _PATTERN_WORDS = {
     r"^[0-9]+(\.[0-9]+)? ?(points|%)$": "'3 points' or '5%'",
 }
 _NAME_DEFAULT = "the file's name"  # filled in by the loader
-_SCALAR_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_SCALAR_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
+                 ByteSize: "an amount of memory such as 6GB"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ def test_a_tokenizer_that_adds_bos_says_so(adds_bos: bool, tiny_model: Path, tmp
 
 
 @pytest.mark.parametrize(("provider", "named"), [("cpu", []), ("cuda", [{"cuda": {}}]), ("directml", [{"dml": {}}])])
-def test_genai_is_told_what_runs_the_decoder(provider: str, named: list[object], tiny_model: Path, tmp_path: Path) -> None:
+def test_genai_is_told_what_runs_the_decoder(
+    provider: str, named: list[object], tiny_model: Path, tmp_path: Path
+) -> None:
     write_decoder_configs(tiny_model, tmp_path, Decoder("onnx/model_q4f16.onnx", ["input_ids"], False, (2,), 2, False))
     name_provider(tmp_path, provider)
     config = json.loads((tmp_path / "genai_config.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ def decoder(layers: int, hidden: int, inner: int, heads: int, groups: int, words
     sides = [(heads * head, hidden), *2 * [(groups * head, hidden)], (hidden, heads * head), *3 * [(inner, hidden)]]
     linear = layers * sum(rows * columns for rows, columns in sides)
     tables = (1 if tied else 2) * words * hidden + (2 * layers + 1) * hidden
-    return ModelSize(linear, tables, layers * sum(map(sum, sides)), hidden * inner, layers, hidden, inner, words)
+    across, down = (layers * sum(side[axis] for side in sides) for axis in (1, 0))
+    return ModelSize(linear, tables, across + down, hidden * inner, layers, hidden, inner, words, down, heads, "llama")
 
 
 SMOLLM2 = decoder(30, 576, 1536, 9, 3, 49152, tied=True)
@@ -51,7 +54,7 @@ QLORA = Tuning("nf4", True, 16, 16, 512)
 
 
 def chosen(card: Device | None, size: ModelSize, **changes: Any) -> Choices:
-    return choose(card, size, replace(QLORA, **changes), device="auto", dtype="auto", accumulation=1)
+    return choose(card, size, replace(QLORA, **changes), device="auto", dtype="auto", accumulation=1, memory=64 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_the_table_of_cards(card: Device, dtype: str, scaled: bool, most: str) -
     for how in found.values():
         assert how.batch_size * how.accumulation == 16  # as many rows a step as the recipe says
         if how.device == "cuda":
-            assert (how.dtype, how.loss_scaling, how.attention) == (dtype, scaled, "sdpa")
+            assert (how.dtype, how.loss_scaling) == (dtype, scaled)
             assert 0 < how.predicted_bytes <= card.usable_bytes
         else:
             assert how.dtype == "auto"
@@ -113,7 +116,8 @@ def test_apple_tunes_4_bits_on_the_processor_and_16_on_its_gpu_and_says_so() -> 
 
 def test_a_device_that_is_named_and_cannot_be_is_an_error_with_the_reason() -> None:
     def named(card: Device | None, device: str, **changes: Any) -> Choices:
-        return choose(card, LLAMA_8B, replace(QLORA, **changes), device=device, dtype="auto", accumulation=2)
+        wanted = replace(QLORA, **changes)
+        return choose(card, LLAMA_8B, wanted, device=device, dtype="auto", accumulation=2, memory=256 * GIB)
 
     with pytest.raises(InputError, match="torch sees no cuda device here"):
         named(None, "cuda")
@@ -121,13 +125,71 @@ def test_a_device_that_is_named_and_cannot_be_is_an_error_with_the_reason() -> N
         named(GTX_1650, "cuda")
     with pytest.raises(InputError, match="no nf4 weights on Apple"):
         named(APPLE, "mps")
-    assert named(RTX_4090, "cpu") == Choices("cpu", "auto", "eager", "adamw", 16, 2, False, False, 0)
+    how = named(RTX_4090, "cpu")
+    assert replace(how, predicted_bytes=0) == Choices("cpu", "auto", "adamw", 16, 2, False, False, 0)
+
+
+def on_processor(memory: int, **changes: Any) -> Choices:
+    wanted = replace(QLORA, fused=True, **changes)
+    return choose(None, SMOLLM2, wanted, device="auto", dtype="auto", accumulation=2, memory=memory)
+
+
+def test_a_processor_with_little_memory_takes_fewer_rows_then_computes_activations_twice() -> None:
+    found = {memory: on_processor(memory) for memory in range(6_000_000_000, 900_000_000, -50_000_000)}
+    lean = [(how.batch_size, how.gradient_checkpointing) for how in found.values()]
+    assert list(dict.fromkeys(lean)) == [(16, False), (8, False), (4, False), (2, False), (2, True), (1, True)]
+    for memory, how in found.items():
+        assert how.batch_size * how.accumulation == 32
+        assert 0 < how.predicted_bytes <= memory
+        assert len(how.notes) == (how.batch_size < 16) + how.gradient_checkpointing
+
+
+def test_pairs_stay_together() -> None:
+    """Each is told from the others of its batch, so that fewer at once would be another loss."""
+    found = [on_processor(memory, apart=False) for memory in (6_000_000_000, 5_000_000_000)]
+    assert [(how.batch_size, how.gradient_checkpointing) for how in found] == [(16, False), (16, True)]
+
+
+def test_as_few_rows_as_are_fast_are_taken_where_the_recipe_leaves_it_open() -> None:
+    assert [on_processor(6_000_000_000, least=True, tokens=n).batch_size for n in (32, 64, 256, 512, 4096)] == [
+        16,
+        16,
+        4,
+        2,
+        1,
+    ]
+
+
+def test_what_cannot_fit_is_said_with_what_would() -> None:
+    with pytest.raises(InputError, match=r"a step of 1 row of 8192 tokens takes \d\.\d\d GB, and 1\.2") as long:
+        on_processor(1_200_000_000, tokens=8192)
+    assert "training.max_length=1024 fits" in str(long.value)
+    with pytest.raises(InputError, match="a smaller base"):
+        on_processor(300_000_000)
+    fused = replace(QLORA, fused=True)
+    how = choose(
+        None, SMOLLM2, fused, device="cpu", dtype="auto", accumulation=1, memory=300_000_000, max_memory=9_000_000_000
+    )
+    assert how.batch_size == 16  # the recipe knows better than what was found free
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -d counts on Linux alone")
+def test_memory_is_what_ulimit_leaves() -> None:
+    code = "from qft.measure.machine import available_memory; print(available_memory())"
+
+    def here(words: str) -> int:
+        line = f"{words}; exec {sys.executable} -c '{code}'"
+        return int(subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout)
+
+    assert here("true") > 1_100_000_000
+    assert here("ulimit -d 1000000") == pytest.approx(1_024_000_000, rel=0.1)  # KiB
+    assert here("ulimit -v 1000000") < 1_100_000_000
 
 
 def test_int8_needs_turing_and_a_type_that_is_named_is_kept() -> None:
     assert why_not_base(GTX_1060, "int8") == "LLM.int8 needs compute capability 7.5"
     assert why_not_base(GTX_1650, "int8") is why_not_base(GTX_1060, "nf4") is why_not_base(APPLE, "none") is None
-    how = choose(H200, SMOLLM2, QLORA, device="auto", dtype="float16", accumulation=1)
+    how = choose(H200, SMOLLM2, QLORA, device="auto", dtype="float16", accumulation=1, memory=64 * GIB)
     assert (how.dtype, how.loss_scaling) == ("float16", True)
     assert compute_dtype(processor()) is None
     assert [attention("cpu", 512), attention("cpu", 513), attention("cpu", None), attention("cuda", 60)] == [

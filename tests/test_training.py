@@ -171,8 +171,11 @@ def test_an_interrupted_run_goes_on_with_the_curve_of_an_unbroken_one(
         torch.testing.assert_close(parameter, trainable(whole)[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
-    schedule = short_schedule(checkpoint_minutes=1e-9)
+def test_a_killed_run_goes_on_from_its_last_checkpoint_though_there_is_less_memory_now(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    schedule = short_schedule(checkpoint_minutes=1e-9, batch_size=4, gradient_accumulation_steps=1)
+    leaner = replace(schedule, batch_size=1, gradient_accumulation_steps=4)
 
     class Killed(BaseException):
         pass
@@ -181,13 +184,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_model: Path, tmp_pat
         if report.done == 6:
             raise Killed
 
-    def go(on_progress: Any = lambda _: None) -> Any:
+    def go(schedule: Any, on_progress: Any = lambda _: None) -> Any:
         return train(tuned(tiny_model), rows(40), rows(6, seed=9), schedule, TUNING, folder=tmp_path,
                      metrics=tmp_path / "m.jsonl", plan="p", on_progress=on_progress)  # fmt: skip
 
     with pytest.raises(Killed):
-        go(kill)
-    assert go().resumed_from_step == 5
+        go(schedule, kill)
+    assert go(leaner).resumed_from_step == 5
 
 
 def test_a_checkpoint_of_another_plan_is_not_used(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 
 import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from qft.cli.options import shared
 from qft.console import print_json, print_line, print_table
@@ -115,7 +115,7 @@ def _known_task(name: str) -> str:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([gm])(i?)b?", text.strip().lower())
-    if not match:
-        raise InputError(f"cannot read {text!r} as memory", where="--memory", hint="write 4GB or 800MB")
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** {"m": 2, "g": 3}[match[2]])
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise InputError(f"cannot read {text!r} as memory", where="--memory", hint="write 4GB or 800MB") from None

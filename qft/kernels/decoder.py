@@ -13,9 +13,9 @@ from qft.kernels.attention import Attention, Pack
 from qft.kernels.layer import Keep, Layer, LayerPass, Rotary
 from qft.kernels.linear import Adapted, Group
 from qft.kernels.norm import Norm
+from qft.processor_memory import FUSED
 from qft.quant.linear import ByWeight
 
-_KINDS = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text"}
 # What turns a layer's heads: a rotary module, and in transformers 5 the kind of layer that it is asked for.
 Turning = tuple[Any, ...]
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}
@@ -94,7 +94,7 @@ def decoder(model: Any) -> Decoder | None:
 
 def _decoder(model: Any, causal: Any) -> Decoder:
     config, head = causal.config, causal.get_output_embeddings()
-    _need(config.model_type in _KINDS and type(head) is torch.nn.Linear and head.bias is None)
+    _need(config.model_type in FUSED and type(head) is torch.nn.Linear and head.bias is None)
     _need(
         not getattr(config, "use_bidirectional_attention", False)
         and not getattr(config, "final_logit_softcapping", None)

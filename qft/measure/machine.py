@@ -60,6 +60,43 @@ def machine() -> Machine:
     )
 
 
+def available_memory() -> int:
+    """Bytes that this process may hold: what it has and the system can give, less where a control group or `ulimit` says so."""
+    process = psutil.Process().memory_info()
+    rooms = [psutil.virtual_memory().available, *_group_rooms(), *_ulimit_rooms(process)]
+    return process.rss + max(0, min(rooms))
+
+
+def _group_rooms() -> Iterator[int]:
+    """What Linux's control groups leave: this process's and all above it, of version 2 and 1; pages of files can be given back."""
+    path = Path("/proc/self/cgroup")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        _, kinds, group = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / ("memory" if kinds else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
+        folder = root / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place.is_relative_to(root) and all((place / name).exists() for name in (*names, "memory.stat")):
+                most, used = ((place / name).read_text().strip() for name in names)
+                pages = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                if most.isdigit():
+                    yield int(most) - int(used) + int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))
+
+
+def _ulimit_rooms(process: Any) -> Iterator[int]:
+    """What `ulimit -v` and `ulimit -d` leave; Windows has neither."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for limit, used in ((resource.RLIMIT_AS, process.vms), (resource.RLIMIT_DATA, getattr(process, "data", 0))):
+        most, _ = resource.getrlimit(limit)
+        if most != resource.RLIM_INFINITY:
+            yield most - used
+
+
 def versions() -> dict[str, str]:
     """Versions of qft and what it stands on."""
     found = {}

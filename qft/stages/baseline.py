@@ -9,7 +9,7 @@ from typing import Any
 from qft.data.tokenizer import TextTokenizer
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
-from qft.stages import prepare
+from qft.stages import prepare, tune
 from qft.stages.job import Job
 
 NEEDS = ("prepare",)
@@ -37,7 +37,8 @@ def outputs(job: Job) -> list[Path]:
 
 
 def run(job: Job) -> Facts:
-    """Measure the base."""
+    """Measure the base. Raises InputError, before anything is loaded, if it cannot be tuned here."""
+    tune.choices(job)
     tokenizer = TextTokenizer.load(job.facts(prepare.Facts).base_folder)
     return Facts(job.measure("baseline", base_runner(job), tokenizer))
 

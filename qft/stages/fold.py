@@ -51,7 +51,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     return {
         "fold": recipe.fold.model_dump(),
         "targets": [target.model_dump() for target in grid_targets(recipe)],
-        "training": {"batch_size": recipe.training.batch_size, "seed": recipe.training.seed},
+        "training": {"batch_size": recipe.training.rows, "seed": recipe.training.seed},
         "evaluation": recipe.evaluation.model_dump(),
     }
 
@@ -90,7 +90,7 @@ def _fold(job: Job, target: Target, fingerprint: str) -> TargetFacts:
         grids=grids_of(target),
         tokens=keys.tokens,
         steps=keys.steps,
-        batch_size=recipe.training.batch_size,
+        batch_size=recipe.training.rows,
         learning_rate=keys.learning_rate,
         r=keys.r,
         seed=recipe.training.seed,

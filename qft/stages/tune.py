@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qft.data.inspect import DataReport
 from qft.device import Choices, accelerator, choose
 from qft.device_memory import ModelSize, Tuning
 from qft.files import folder_aside
+from qft.measure.machine import available_memory
 from qft.measure.quality import Quality
+from qft.processor_memory import FUSED, bfloat16_is_fast
 from qft.recipe import Recipe
 from qft.stages import prepare
 from qft.stages.job import Job, dotted, sound_changes
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from qft.training.trial import Trial
 
 NEEDS = ("prepare",)
+_POSITIONS_A_SECOND = 50  # of Whisper's encoder
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
         "quantization": recipe.quantization.model_dump(exclude={"grid"}),
         "tuning": recipe.tuning.model_dump(),
         "lora": recipe.lora.model_dump(),
-        "training": recipe.training.model_dump(),
+        "training": recipe.training.model_dump(exclude={"max_memory"}),  # how many rows go at once is no other plan
         "class_weights": recipe.classification.class_weights,
         "temperature": recipe.sentence_similarity.temperature,
         "evaluation": recipe.evaluation.model_dump(),
@@ -148,23 +153,39 @@ def _work(job: Job) -> _Work:
 def choices(job: Job) -> Choices:
     """On what and how the recipe's base is tuned here, from this machine and the checkpoint's headers."""
     recipe, facts = job.recipe, job.facts(prepare.Facts)
-    keys = recipe.training
-    rank = {"lora": recipe.lora.r, "head": 1, "full": 0}[recipe.tuning.method]  # a head learns less than rank 1 does
-    wanted = Tuning(
-        recipe.quantization.base,
-        recipe.quantization.double_quant,
-        rank,
-        keys.batch_size,
-        facts.report.length_longest,
-        keys.gradient_checkpointing,
-    )
+    keys, size = recipe.training, ModelSize.of(facts.base_folder)
     return choose(
         accelerator() if keys.device != "cpu" else None,
-        ModelSize.of(facts.base_folder),
-        wanted,
+        size,
+        _wanted(recipe, size, facts.report),
         device=keys.device,
         dtype=recipe.quantization.compute_dtype,
         accumulation=keys.gradient_accumulation_steps,
+        memory=available_memory(),
+        max_memory=keys.max_memory,
+    )
+
+
+def _wanted(recipe: Recipe, size: ModelSize, rows: DataReport) -> Tuning:
+    """What the recipe asks for."""
+    keys, method, dtype = recipe.training, recipe.tuning.method, recipe.quantization.compute_dtype
+    speech, pairs = (recipe.task == name for name in ("automatic-speech-recognition", "sentence-similarity"))
+    half = dtype in ("bfloat16", "float16") or (dtype == "auto" and bfloat16_is_fast())
+    plain = method == "lora" and not (recipe.lora.dropout or recipe.lora.use_dora)
+    longest, writes = rows.length_longest, find_task(recipe.task).export_task.endswith("with-past")
+    share = rows.train_target_tokens / max(1, rows.train_tokens)
+    return Tuning(
+        recipe.quantization.base,
+        recipe.quantization.double_quant,
+        r={"lora": recipe.lora.r, "head": 1, "full": 0}[method],  # a head learns less than rank 1 does
+        rows=keys.rows,
+        tokens=longest * (2 if pairs else 1) + (_POSITIONS_A_SECOND * recipe.speech.window_seconds if speech else 0),
+        checkpointing=keys.gradient_checkpointing,
+        width=2 if half else 4,
+        targets=math.ceil(longest * share) if writes else 0,
+        fused=plain and recipe.task == "text-generation" and size.kind in FUSED,
+        apart=not pairs,  # of which each competes with the others
+        least=keys.batch_size == "auto",
     )
 
 

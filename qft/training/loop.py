@@ -225,7 +225,12 @@ class Run:
         self.evaluate_at = {round(count * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} | {
             count
         }
-        self.plan = sha256_json([plan, asdict(schedule), optimizer, loss_scaling])
+        rows = (
+            schedule.batch_size * schedule.gradient_accumulation_steps
+        )  # how many of a step's rows go at once may change
+        self.plan = sha256_json(
+            [plan, asdict(replace(schedule, batch_size=rows, gradient_accumulation_steps=1)), optimizer, loss_scaling]
+        )
         self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
 
     def begin(self) -> Position:
