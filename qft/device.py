@@ -207,13 +207,14 @@ def _on_processor(size: ModelSize, wanted: Tuning, dtype: str, accumulation: int
             return _chosen("cpu", wanted, tuning, needed, dtype, accumulation)
     shorter = [n for n in (1024, 512, 256, 128, 64) if n < wanted.tokens and size.kind != "whisper"]
     fitting = [n for n in shorter if processor_bytes(size, replace(tuning, tokens=n)) <= memory]
+    leaner = (
+        f"training.max_length={fitting[0]} fits" if fitting else "a smaller base is needed: `qft models` lists some"
+    )
     raise InputError(
         f"a step of {_counted(tuning.rows, 'row')} of {wanted.tokens} tokens takes {needed / 1e9:.2f} GB, and "
         f"{memory / 1e9:.2f} can be used here",
         where="training.max_memory",
-        hint=f"training.max_length={fitting[0]} fits"
-        if fitting
-        else "a smaller base is needed: `qft models` lists some",
+        hint=f"{leaner}; training.max_memory says if more may be used than is free",
     )
 
 

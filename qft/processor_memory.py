@@ -43,7 +43,10 @@ def _weights(size: ModelSize, tuning: Tuning) -> int:
 
 def _step(size: ModelSize, tuning: Tuning) -> int:
     """What is kept for the way back, and what is formed on it."""
-    tokens, layers = tuning.rows * tuning.tokens, max(1, size.layers // (2 if size.kind == "whisper" else 1))  # sound: one half
+    tokens, layers = (
+        tuning.rows * tuning.tokens,
+        max(1, size.layers // (2 if size.kind == "whisper" else 1)),
+    )  # sound: one half
     if tuning.fused:
         layer = tuning.width * (size.linear_rows // layers + 7 * tuning.r)
         spare = layer * (_SPARE_LAYERS_LONG if tuning.tokens > _LONG else _SPARE_LAYERS)
