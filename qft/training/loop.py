@@ -225,12 +225,10 @@ class Run:
         self.evaluate_at = {round(count * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)} | {
             count
         }
-        rows = (
-            schedule.batch_size * schedule.gradient_accumulation_steps
-        )  # how many of a step's rows go at once may change
-        self.plan = sha256_json(
-            [plan, asdict(replace(schedule, batch_size=rows, gradient_accumulation_steps=1)), optimizer, loss_scaling]
-        )
+        # How many of a step's rows go at once follows from the memory that is free: a run goes on though that has changed.
+        together = schedule.batch_size * schedule.gradient_accumulation_steps
+        whole = replace(schedule, batch_size=together, gradient_accumulation_steps=1)
+        self.plan = sha256_json([plan, asdict(whole), optimizer, loss_scaling])
         self.last, self.best = folder / "last.safetensors", folder / "best.safetensors"
 
     def begin(self) -> Position:
