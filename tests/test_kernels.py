@@ -136,7 +136,11 @@ def test_every_token_asks_once_and_products_have_few_sizes() -> None:
             numbers = (
                 torch.arange(sum(pack.lengths))[block.queries] if isinstance(block.queries, slice) else block.queries
             )
-            asked += (numbers if block.real is None else numbers[block.real]).tolist()
+            if block.real is not None:
+                places, tokens = block.real
+                assert torch.equal(numbers[places], tokens)
+                numbers = tokens
+            asked += numbers.tolist()
             sizes.add((block.rows, block.mask.shape[2], block.mask.shape[4]))
         assert sorted(asked) == list(range(sum(pack.lengths)))
     assert len(sizes) < 60
