@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,10 @@ from qft.measure.tool_calls import count_calls, same_calls
 from qft.measure.translations import TranslationScores
 from qft.progress import Progress
 
-_MOST_LOGITS = 50_000_000  # of one forward pass, 0.2 GB: an ONNX decoder gives those of every position, needed or not
+_MOST_LOGITS = (
+    200_000_000  # of one forward pass, 0.8 GB: an ONNX decoder that is not fused gives those of every position
+)
+_MOST_WANTED = 50_000_000  # of those that are asked for
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def measure(
     """
     labels = sorted({r.label for r in rows if r.label is not None})
     most_tokens = min(MOST_TOKENS, _MOST_LOGITS // tokenizer.vocab_size)
-    forced = _all_forced(runner, rows, labels, how, most_tokens)
+    forced = _all_forced(runner, rows, labels, how, most_tokens, tokenizer.vocab_size)
     turns = turns_of(rows)
     asked = turns if labels else _chosen(rows, turns, how, tokenizer)
     said = _said(runner, rows, asked, forced, tokenizer, how, most_tokens)
@@ -75,11 +78,11 @@ class _Forced:
 
 
 def _all_forced(
-    runner: Runner, rows: Sequence[Encoded], labels: Sequence[str], how: Measuring, most_tokens: int
+    runner: Runner, rows: Sequence[Encoded], labels: Sequence[str], how: Measuring, most_tokens: int, vocabulary: int
 ) -> list[_Forced]:
     first = _first_tokens(rows, labels)
     forced: dict[int, _Forced] = {}
-    for batch in batches([len(r.input_ids) for r in rows], how.batch_size, most_tokens):
+    for batch in _few_wanted(rows, batches([len(r.input_ids) for r in rows], how.batch_size, most_tokens), vocabulary):
         for index, (result, logits) in zip(
             batch, _teacher_forced(runner, [rows[i] for i in batch], first), strict=True
         ):
@@ -88,6 +91,14 @@ def _all_forced(
                 how.witness.look(index, logits)
         how.on_progress(Progress("measure", len(forced), len(rows), "rows"))
     return [forced[index] for index in range(len(rows))]
+
+
+def _few_wanted(rows: Sequence[Encoded], batches: Iterable[list[int]], vocabulary: int) -> Iterator[list[int]]:
+    """Batches of row numbers, cut where logits of too many positions would be asked for at once."""
+    for batch in batches:
+        longest = max(len(rows[i].input_ids) - min(rows[i].first_target, rows[i].answer_start) for i in batch)
+        together = max(1, _MOST_WANTED // (longest * vocabulary))
+        yield from (batch[start : start + together] for start in range(0, len(batch), together))
 
 
 def _first_tokens(rows: Sequence[Encoded], labels: Sequence[str]) -> dict[str, int]:
