@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.moved import moved
+from benchmarks.moved import moved, schedule
 from benchmarks.rounding_rows import INTENTS, MOVED, Setting, split
 from qft.data.encode import Encoded
 from qft.files import folder_aside, write_json
@@ -102,23 +102,17 @@ def _lora(place: Place) -> Any:
 def _tune(place: Place, kind: str, rate: float) -> tuple[Any, Any, float]:
     from qft.base_model import load
     from qft.training.causal import CausalForward
-    from qft.training.loop import Schedule, fine_tuning, train
+    from qft.training.loop import fine_tuning, train
 
     setting = place.setting
     model = _lora(place).attach(
         load(place.base, base=kind, double_quant=True, compute_dtype="auto", longest=setting.length)
     )
-    schedule = Schedule(
-        epochs=setting.steps * setting.batch_size / len(place.rows["train"]), learning_rate=rate, warmup_ratio=0.05,
-        batch_size=setting.batch_size,
-        gradient_accumulation_steps=1, weight_decay=0.0, max_grad_norm=1.0, evaluations=1, checkpoint_minutes=60,
-        seed=setting.seed,
-    )  # fmt: skip
     folder = place.folder / f"checkpoint-{kind}-{rate}"
     tuning = fine_tuning(CausalForward(place.tokenizer.pad_id))
     trained = train(
-        model, place.rows["train"], place.rows["validation"], schedule, tuning, folder=folder,
-        metrics=folder / "metrics.jsonl", plan=kind,
+        model, place.rows["train"], place.rows["validation"], schedule(setting, place.rows["train"], rate), tuning,
+        folder=folder, metrics=folder / "metrics.jsonl", plan=kind,
     )  # fmt: skip
     return model, trained, rate
 

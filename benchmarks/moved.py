@@ -31,26 +31,32 @@ def moved(folder: Path, base: Path, tokenizer: Any, setting: Setting) -> Path:
     return target
 
 
+def schedule(setting: Setting, rows: list[Any], rate: float) -> Any:
+    """The setting's steps, however many rows there are."""
+    from qft.training.loop import Schedule
+
+    return Schedule(
+        epochs=setting.steps * setting.batch_size / len(rows), learning_rate=rate, warmup_ratio=0.05,
+        batch_size=setting.batch_size, gradient_accumulation_steps=1, weight_decay=0.0, max_grad_norm=1.0, evaluations=1,
+        checkpoint_minutes=60, seed=setting.seed,
+    )  # fmt: skip
+
+
 def _make(folder: Path, checkpoint: Path, base: Path, tokenizer: Any, setting: Setting) -> None:
     from qft.base_model import load
     from qft.bundle.assets import copy_tokenizer
     from qft.training.causal import CausalForward
-    from qft.training.loop import Schedule, fine_tuning, train
+    from qft.training.loop import fine_tuning, train
     from qft.training.methods import Weights
 
     model = load(base, base="none", double_quant=False, compute_dtype="float32", longest=setting.length)
     before = {name: weight.detach().clone() for name, weight in _linear_weights(model)}
     rows, forward = split(tokenizer, setting), CausalForward(tokenizer.pad_id)
-    schedule = Schedule(
-        epochs=setting.steps * setting.batch_size / len(rows["train"]), learning_rate=_RATE, warmup_ratio=0.05,
-        batch_size=setting.batch_size, gradient_accumulation_steps=1, weight_decay=0.0, max_grad_norm=1.0, evaluations=1,
-        checkpoint_minutes=60, seed=setting.seed,
-    )  # fmt: skip
     untouched = forward.validate(model, rows["validation"], 8).loss
     learning = Weights(head_only=False, compute_dtype="auto").attach(model)
     train(
-        learning, rows["train"], rows["validation"], schedule, fine_tuning(forward),
-        folder=checkpoint, metrics=checkpoint / "metrics.jsonl", plan="moved",
+        learning, rows["train"], rows["validation"], schedule(setting, rows["train"], _RATE),
+        fine_tuning(forward), folder=checkpoint, metrics=checkpoint / "metrics.jsonl", plan="moved",
     )  # fmt: skip
     plain = load(base, base="none", double_quant=False, compute_dtype="bfloat16", longest=setting.length)
     plain.load_state_dict(learning.state_dict())

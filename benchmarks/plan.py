@@ -1,6 +1,6 @@
 """What `qft plan` foretells of a run's learning, before anything is loaded and after four steps, against what it then takes.
 
-    python -m benchmarks.plan --json FILE               # 16 settings judged, 25 minutes on 2 cores
+    python -m benchmarks.plan --json FILE               # 14 settings that are judged
     python -m benchmarks.plan --quick --json FILE       # 4 of them
     python -m benchmarks.plan --calibrate --json FILE   # the settings that the constants of qft/processor_memory.py come from
     python -m benchmarks.plan --models MiniLM Whisper --json FILE     # a part
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -132,7 +131,7 @@ def foretold(path: Path) -> int:
 
 def _qft(*words: str) -> str:
     line = [sys.executable, "-m", "qft", *words, "--runs", str(Path(words[1]).parent / "runs")]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=os.environ, check=False)
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"qft {' '.join(words)} ended with {done.returncode}")
     return done.stdout

@@ -160,7 +160,7 @@ def _trial_text(trial: Trial) -> str:
 
 def _tuning_text(how: Choices) -> str:
     """On what and how, and what differs from the recipe."""
-    where = f"{'the processor' if how.device == 'cpu' else how.device}, {mb(how.predicted_bytes)} foretold at the peak"
+    where = f"{'the processor' if how.device == 'cpu' else how.device}, {mb(how.predicted_bytes)} predicted at the peak"
     rows = f"{how.batch_size} rows at once" + (f", {how.accumulation} times a step" if how.accumulation > 1 else "")
     kind = f"{how.dtype}{' with the loss scaled' if how.loss_scaling else ''}" if how.dtype != "auto" else ""
     return "; ".join(filter(None, [where, rows, kind, *how.notes]))

@@ -19,6 +19,7 @@ from qft.recipe import Recipe
 from qft.stages import prepare
 from qft.stages.job import Job, dotted, sound_changes
 from qft.tasks.registry import find_task
+from qft.tasks.speech_recognition import POSITIONS_A_SECOND
 
 if TYPE_CHECKING:
     from qft.data.tokenizer import TextTokenizer
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from qft.training.trial import Trial
 
 NEEDS = ("prepare",)
-_POSITIONS_A_SECOND = 50  # of Whisper's encoder
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _wanted(recipe: Recipe, size: ModelSize, rows: DataReport) -> Tuning:
         recipe.quantization.double_quant,
         r={"lora": recipe.lora.r, "head": 1, "full": 0}[method],  # a head learns less than rank 1 does
         rows=keys.rows,
-        tokens=longest * (2 if pairs else 1) + (_POSITIONS_A_SECOND * recipe.speech.window_seconds if speech else 0),
+        tokens=longest * (2 if pairs else 1) + (POSITIONS_A_SECOND * recipe.speech.window_seconds if speech else 0),
         checkpointing=keys.gradient_checkpointing,
         width=2 if half else 4,
         targets=math.ceil(longest * share) if writes else 0,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _GOLDEN_CASES = 8
 _GOLDEN_TOKENS = 24
 _SPEED_ROWS = 8
-_POSITIONS_A_SECOND = 50  # of Whisper's encoder
+POSITIONS_A_SECOND = 50  # of Whisper's encoder
 
 
 class SpeechRecognition:
@@ -83,7 +83,7 @@ class SpeechRecognition:
     def load(self, folder: Path, tokenizer: TextTokenizer, **how: Any) -> Any:
         """With fused attention: an encoder's positions are many, however few tokens are written."""
         model = load(folder, auto="AutoModelForSpeechSeq2Seq", **{**how, "longest": None})
-        shorten_encoder(model, _POSITIONS_A_SECOND * self.seconds)
+        shorten_encoder(model, POSITIONS_A_SECOND * self.seconds)
         return model
 
     def forward(self, tokenizer: TextTokenizer) -> Seq2SeqForward:
@@ -142,4 +142,4 @@ def _clip(row: Pair) -> Clip:
 
 
 def _reader_of(model: Any) -> SpeechReader:
-    return SpeechReader(model.config.num_mel_bins, model.config.max_source_positions // _POSITIONS_A_SECOND)
+    return SpeechReader(model.config.num_mel_bins, model.config.max_source_positions // POSITIONS_A_SECOND)
