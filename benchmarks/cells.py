@@ -261,7 +261,7 @@ def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, so
     path.parent.mkdir(parents=True, exist_ok=True)
     config = (place.base / "config.json").read_text("utf-8")
     positions = json.loads(config)["max_position_embeddings"]
-    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level, positions), matrices)
+    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level, fuse=True, positions=positions), matrices)
     copy_tokenizer(place.base, bundle)
     (bundle / "config.json").write_text(config)
     update(bundle, task="text-generation", model=model)

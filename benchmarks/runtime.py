@@ -61,10 +61,10 @@ def prepare(folder: Path, python: str | None) -> None:
     with folder_aside(folder) as aside:
         (aside / "float").mkdir()
         export_float(base, aside / "float", graphs=["model"], export_task="text-generation-with-past")
-        for name, longest in (("fused", positions), ("plain", None)):
+        for name in ("fused", "plain"):
             bundle, file = aside / name, "onnx/model_q4.onnx"
             (bundle / "onnx").mkdir(parents=True)
-            plan = GraphPlan(grids, target.accuracy_level, longest)
+            plan = GraphPlan(grids, target.accuracy_level, fuse=name == "fused", positions=positions)
             quantize_graph(aside / "float/model.onnx", bundle / file, plan, {})
             _describe(base, bundle, file)
         shutil.rmtree(aside / "float")

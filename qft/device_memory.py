@@ -79,7 +79,8 @@ class Tuning:
     """What of a recipe decides the memory. rows, tokens: of one forward pass. r: rank of the adapter; 0: every weight learns.
 
     On a processor also width: bytes of a number in what it computes in; targets: tokens of a row that logits are formed for;
-    fused: whether layers go through qft's kernels.
+    looked_at: rows of one forward pass while held-out rows are measured; fused: whether layers go through qft's kernels;
+    head_only: whether nothing below a head learns.
     apart: whether the rows of a step may go through one after another; a loss over pairs needs them together. least:
     whether as few rows as are fast go through at once even where more fit.
     """
@@ -93,7 +94,9 @@ class Tuning:
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     width: int = 2
     targets: int = 0
+    looked_at: int = 1
     fused: bool = False
+    head_only: bool = False
     apart: bool = True
     least: bool = False
 

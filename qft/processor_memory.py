@@ -56,14 +56,15 @@ def _step(size: ModelSize, tuning: Tuning) -> int:
         layer = round((_OF_MODULES * (40 * size.hidden + 10 * size.inner) + scores) * tuning.width / 2)
         spare, logits = 0, tuning.rows * tuning.targets * size.vocabulary * (tuning.width + 8)
     kept = tuning.width * size.hidden * layers + layer if tuning.checkpointing else layer * layers
+    if tuning.head_only:  # no layer is gone back through
+        kept = layer
     return tokens * (kept + spare) + 2 * tuning.width * size.largest_linear + logits
 
 
 def _look(size: ModelSize, tuning: Tuning) -> int:
     """Logits of held-out rows: as many rows as are looked at together, or one that is longer."""
-    return (tuning.width + 4) * max(
-        min(_LOOKED_AT_LOGITS, tuning.rows * tuning.targets * size.vocabulary), tuning.targets * size.vocabulary
-    )
+    row = tuning.targets * size.vocabulary
+    return (tuning.width + 4) * max(min(_LOOKED_AT_LOGITS, tuning.looked_at * row), row)
 
 
 def bfloat16_is_fast() -> bool:

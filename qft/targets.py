@@ -41,9 +41,7 @@ class Target(BaseModel):
     head: Weights | None = Field(None, description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(0, description="of onnxruntime's MatMulNBits")
-    fuse: bool = Field(
-        False, description="a decoder's layers into onnxruntime's own operators, where they are as qft knows them"
-    )
+    fuse: bool = Field(False, description="layers into onnxruntime's own operators, where they are as qft knows them")
 
     @model_validator(mode="after")
     def _fused_in_float32(self) -> Target:
@@ -58,7 +56,8 @@ class Target(BaseModel):
 
     def files(self, graphs: Iterable[str]) -> dict[str, str]:
         """Graph → its ONNX file inside the bundle."""
-        return {graph: f"onnx/{graph}_{self.suffix}.onnx" for graph in graphs}
+        ending = f"_{self.suffix}" if self.suffix else ""
+        return {graph: f"onnx/{graph}{ending}.onnx" for graph in graphs}
 
 
 def find_target(name: str) -> Target:

@@ -15,6 +15,7 @@ from qft.base_model import load
 from qft.device import Choices, Device, attention, choose, compute_dtype, processor, why_not_base
 from qft.device_memory import ModelSize, Tuning, activation_bytes, tuning_bytes
 from qft.errors import InputError
+from qft.processor_memory import processor_bytes
 
 GIB = 2**30
 
@@ -306,3 +307,16 @@ def test_a_checkpoint_that_is_in_4_bits_already_has_the_sizes_of_the_one_it_was_
         plain.linear_weights, rel=0.01
     )  # sides are guessed from their product
     assert (packed.layers, packed.vocabulary) == (plain.layers, plain.vocabulary)
+
+
+def test_held_out_rows_count_by_how_many_go_together_and_a_head_alone_keeps_one_layer() -> None:
+    one = Tuning("none", False, 1, 1, 16, targets=16)
+    row = 16 * SMOLLM2.vocabulary * (2 + 4)
+    assert (
+        processor_bytes(SMOLLM2, replace(one, looked_at=32)) - processor_bytes(SMOLLM2, replace(one, looked_at=16))
+        == 16 * row
+    )
+    long = replace(one, rows=16, tokens=512, targets=0)
+    kept, head = (processor_bytes(SMOLLM2, replace(long, head_only=only)) for only in (False, True))
+    layers = activation_bytes(replace(SMOLLM2, vocabulary=0), long)
+    assert kept - head > 0.9 * layers * (SMOLLM2.layers - 1) / SMOLLM2.layers

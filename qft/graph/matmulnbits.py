@@ -17,8 +17,9 @@ import torch
 from qft.errors import StageError
 from qft.graph.attention import fuse_attention
 from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead
+from qft.graph.encoder import fuse_encoder
 from qft.graph.half import infer_types, to_half
-from qft.graph.merge_products import merge_products
+from qft.graph.merge_products import merge_biases, merge_products
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.grids import Grids, Quantized, Scheme, dequantize, pack, quantize_nearest
 
@@ -27,14 +28,14 @@ from qft.quant.grids import Grids, Quantized, Scheme, dequantize, pack, quantize
 class GraphPlan:
     """What a deployment profile asks of the graph: the grids of its weights (None: kept in float), and of the kernel.
 
-    positions: the longest text that the model was made for, if a decoder's layers are to be fused.
-
-    half: activations are float16, and weights that are on no grid.
+    fuse: layers into onnxruntime's own operators, where they are as qft knows them. positions: the longest text that a decoder was
+    made for. half: activations are float16, and weights that are on no grid.
     """
 
     grids: Grids | None
     accuracy_level: int
-    positions: int | None = None
+    fuse: bool = False
+    positions: int = 0
     half: bool = False
 
 
@@ -61,7 +62,7 @@ def quantize_graph(
     for a folded matrix.
     """
     model = infer_types(ir.load(source)) if plan.half else ir.load(source)
-    fused = plan.positions is not None and fuse_attention(model, positions=plan.positions)
+    fused = plan.fuse and (fuse_attention(model, positions=plan.positions) or fuse_encoder(model))
     done: list[QuantizedTensor] = []
     if plan.grids is not None:
         done = _put_on_grids(model.graph, plan, plan.grids, folded, on_progress)
@@ -69,6 +70,7 @@ def quantize_graph(
             raise StageError(f"{source.name} holds no constant MatMul to quantize")
         model.opset_imports[MICROSOFT] = 1
     if fused:
+        merge_biases(model.graph)
         merge_products(model.graph)
     if plan.half:
         to_half(model)

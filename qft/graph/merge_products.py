@@ -1,6 +1,7 @@
-"""The merging pass: products of one input (queries, keys, values; gate, up) as one MatMulNBits.
+"""The merging pass: products with their biases, and products of one input (queries, keys, values; gate, up) as one MatMulNBits.
 
-Needs: MatMulNBits nodes that read the same value and store their weights alike: bits, block, zero points or none.
+Needs: MatMulNBits nodes; those that become one read the same value and store their weights alike: bits, block, zero points and
+biases or none.
 Then holds: the rows of their weights stand one below the other, code for code; GroupQueryAttention takes the product of its
 three as it is, other readers get their part by a Split.
 """
@@ -12,9 +13,45 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qft.graph.edit import array, constant, drop_unused, give_instead, insert
+from qft.graph.edit import array, constant, drop_unused, give_instead, insert, made_by
 
 _ALIKE = ("bits", "block_size", "K", "accuracy_level")
+
+
+_BIAS = 5  # which input it is
+
+
+def merge_biases(graph: ir.Graph) -> int:
+    """Let each product add the constant that is added to it, in place; returns how many nodes are gone."""
+    merged = 0
+    for node in list(graph):
+        product, bias = _with_bias(node)
+        if product is None:
+            continue
+        while len(product.inputs) <= _BIAS:
+            product.resize_inputs(len(product.inputs) + 1)
+        product.replace_input_with(_BIAS, bias)
+        give_instead(node.outputs[0], product.outputs[0])
+        graph.remove(node, safe=True)
+        merged += 1
+    return merged
+
+
+def _with_bias(node: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
+    """The product that an Add reads beside a constant of a number a column; None if it is no such Add."""
+    if node.op_type != "Add":
+        return None, None
+    for value, bias in (node.inputs, reversed(node.inputs)):
+        product, numbers = made_by(value, "MatMulNBits"), array(bias)
+        alone = product is not None and len(list(product.outputs[0].uses())) == 1
+        if (
+            product is not None
+            and alone
+            and numbers is not None
+            and numbers.shape == (product.attributes["N"].as_int(),)
+        ):
+            return product, bias
+    return None, None
 
 
 def merge_products(graph: ir.Graph) -> int:
@@ -32,8 +69,8 @@ def merge_products(graph: ir.Graph) -> int:
     return merged
 
 
-def _stored(node: ir.Node) -> tuple[int, ...]:
-    return (len(node.inputs), *(node.attributes[name].as_int() for name in _ALIKE))
+def _stored(node: ir.Node) -> tuple[object, ...]:
+    return (*(value is None for value in node.inputs), *(node.attributes[name].as_int() for name in _ALIKE))
 
 
 def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
@@ -54,8 +91,10 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         give_instead(old, new)
 
 
-def _stacked(graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value:
+def _stacked(graph: ir.Graph, parts: Sequence[ir.Value | None]) -> ir.Value | None:
     """One below the other, under all their names: `a_q`, `b_q` → `a_q+b_q`."""
+    if None in parts:
+        return None
     arrays = [array(part) for part in parts]
     name = "+".join(str(part.name) for part in parts if part is not None)
     return constant(graph, name, np.concatenate([values for values in arrays if values is not None]))

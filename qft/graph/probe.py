@@ -57,7 +57,7 @@ class _Seen:
             value.shape, value.type = None, value.type or ir.TensorType(ir.DataType.FLOAT)
             part.inputs.append(value)
         model = ir.to_proto(ir.Model(part, ir_version=9)).SerializeToString()
-        with _refusals():
+        with refusals("the masks"):
             self._session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
 
     def __call__(self, attended: np.ndarray, past: int) -> list[np.ndarray]:
@@ -74,15 +74,15 @@ class _Seen:
                 feed[name] = np.zeros((rows, total - past, 1), np.float32)
             else:
                 feed[name] = np.zeros((rows, 1, past if name.startswith("past") else total, 1), np.float32)
-        with _refusals():
+        with refusals("the masks"):
             masks = self._session.run(None, feed)
         return [mask[:, 0] > _SEEN for mask in masks]
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals(what: str) -> Iterator[None]:
     """onnxruntime's errors, which share no base but Exception, as ValueError."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"onnxruntime does not run the masks: {error}") from error
+        raise ValueError(f"onnxruntime does not run {what}: {error}") from error

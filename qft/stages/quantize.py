@@ -99,8 +99,9 @@ def _ship(job: Job, target: Target) -> TargetFacts:
                 GraphPlan(
                     grids_of(target) if target.linear else None,
                     target.accuracy_level,
-                    _positions(job) if target.fuse else None,
-                    target.half,
+                    fuse=target.fuse,
+                    positions=_positions(job),
+                    half=target.half,
                 ),
                 mine,
                 job.on_progress,
@@ -121,7 +122,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
         quality,
         size_bytes(job.run.bundle(target.name)),
         weights,
-        8 * sum(t.bytes for t in tensors) / weights if weights else 16.0,
+        8 * sum(t.bytes for t in tensors) / weights if weights else 16.0 if target.half else 32.0,
         calibration,
         large,
         without,
@@ -136,11 +137,10 @@ def _without_kernel(target: Target, files: list[Path]) -> dict[str, int]:
     return {name: found[name] for name in without_kernel(target, found)}
 
 
-def _positions(job: Job) -> int | None:
-    """The longest text that the model was made for, as its configuration says."""
+def _positions(job: Job) -> int:
+    """The longest text that the model was made for, as its configuration says; 0 if it does not."""
     config = json.loads((job.run.merged / "config.json").read_text("utf-8"))
-    longest: int | None = config.get("max_position_embeddings")
-    return longest
+    return int(config.get("max_position_embeddings") or 0)
 
 
 def _large_activations(job: Job) -> dict[str, float]:

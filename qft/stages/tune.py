@@ -183,7 +183,9 @@ def _wanted(recipe: Recipe, size: ModelSize, rows: DataReport) -> Tuning:
         checkpointing=keys.gradient_checkpointing,
         width=2 if half else 4,
         targets=math.ceil(longest * share) if writes else 0,
+        looked_at=recipe.evaluation.batch_size,
         fused=plain and recipe.task == "text-generation" and size.kind in FUSED,
+        head_only=method == "head",
         apart=not pairs,  # of which each competes with the others
         least=keys.batch_size == "auto",
     )
