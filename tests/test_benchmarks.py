@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runtime
+from benchmarks import encoders, runtime, speech
 from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
 from benchmarks.moved import off_grid
@@ -165,6 +165,54 @@ def test_runtime_is_compared_with_peers_and_not_with_other_runtimes_on_our_bundl
     assert found["decode_16_vs_best_peer"] == 2
     assert found["decode_16_vs_raw_session"] == 4
     assert found["share_of_bandwidth_16"] == 0.2
+
+
+def test_an_encoder_is_compared_with_the_faster_of_optimums_graphs() -> None:
+    def trial(way: str, seconds: float) -> dict[str, Any]:
+        run = {
+            "batches": "1 text",
+            "tokens": 10,
+            "filled_up": 15,
+            "seconds": [seconds, 3 * seconds],
+            "processor_seconds": [1.0, 1.0],
+        }
+        return {"way": way, "runs": [run], "load_seconds": 1.0, "peak_memory_bytes": 1}
+
+    spent = {"qft, cpu-int8": 0.5, "qft, cpu-float32": 1.0, "optimum O3": 2.0, "optimum's export": 3.0}
+    table = [encoders.line(way, "1 text", [trial(way, seconds)]) for way, seconds in spent.items()]
+    assert table[0]["milliseconds"] == 1000
+    assert table[0]["filled_up"] == 1.5
+    found = encoders.result(table)
+    assert found == {
+        "int8, 1 text": 4,
+        "float32, 1 text": 2,
+        "int8_processor, 1 text": 1,
+        "float32_processor, 1 text": 1,
+    }
+
+
+def test_vectors_are_as_alike_as_their_directions() -> None:
+    plain = [[1.0, 0.0], [0.9, 0.1], [0.0, 2.0]]
+    assert encoders.alike(plain, plain) == {"mean_cosine": 1, "least_cosine": 1, "same_nearest_percent": 100}
+    found = encoders.alike([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], plain)
+    assert found["least_cosine"] == pytest.approx(0.1 / math.hypot(0.9, 0.1))
+    assert found["same_nearest_percent"] == pytest.approx(200 / 3)  # of the second text it is the third now
+
+
+def test_speech_is_measured_in_how_many_times_real_time_it_is() -> None:
+    def trial(seconds: float, texts: list[str]) -> dict[str, Any]:
+        run = [{"seconds": seconds, "processor_seconds": 2 * seconds, "text": text} for text in texts]
+        return {"runs": [run, run], "load_seconds": 1.0, "peak_memory_bytes": 1}
+
+    said = ["we saw old houses", "here"]
+    spent = {**dict.fromkeys(speech.WAYS, 2.0), next(iter(speech.OURS)): 0.5}
+    table = [
+        speech.line(way, [trial(seconds, ["We saw houses", "Here."])], 20.0, said) for way, seconds in spent.items()
+    ]
+    assert table[0]["times_real"] == 20
+    assert table[0]["word_error_percent"] == 20  # one of five words is missing
+    found = speech.result(table)
+    assert set(found.values()) == {1, 4}
 
 
 @pytest.mark.slow
