@@ -104,8 +104,9 @@ def test_what_fills_a_row_up_is_not_computed(plain: Path) -> None:
     assert session.run(None, rows_of([3, 12, 5], session))[-1].shape == (20, 160)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra", "megatron-bert"])
 def test_other_encoders_are_fused_as_well(kind: str, tmp_path: Path) -> None:
+    """Norms come after a layer's parts, or before them (megatron-bert)."""
     sizes = (
         {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "vocab_size": 96} if kind == "distilbert" else SIZES
     )
@@ -114,6 +115,8 @@ def test_other_encoders_are_fused_as_well(kind: str, tmp_path: Path) -> None:
     assert layers == 2
     for lengths in LENGTHS:
         assert difference(path, fused, lengths) < CLOSE
+    kinds = Counter((node.op_type, node.domain) for node in ir.load(fused).graph)
+    assert kinds["GatherND", ""] == layers + 1  # whatever goes past attention lies as well
 
 
 def test_an_encoder_without_a_mask_is_fused_and_filled_up_as_before(tiny_whisper: Path, tmp_path: Path) -> None:

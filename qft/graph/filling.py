@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qft.graph.edit import array, constant, insert
+from qft.graph.edit import array, constant, insert, made_by
 
 _BY_NUMBER = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu"})
 
 
 def leave_out_filling(graph: ir.Graph, mask: ir.Value, source: ir.Value) -> None:
-    """In place, from `source`, (batch, tokens, width), on. mask: int64 (batch, tokens), 0 at what fills up."""
+    """In place, from `source`, (batch, tokens, width), on, or from before its norm. mask: int64 (batch, tokens), 0 at what fills up."""
+    while (norm := made_by(source, "LayerNormalization")) is not None and norm.inputs[0] is not None:
+        source = norm.inputs[0]  # which goes past the first layer where norms come before its products
     first = next(node for node in graph if source in node.inputs)
     filling = _Filling(graph, mask, source, first)
     for node in list(graph):
