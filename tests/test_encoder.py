@@ -20,6 +20,8 @@ from qft.targets import find_target
 CLOSE = 1e-5  # of the largest number: float32 sums of some hundred products, in another order
 LENGTHS = [[9], [1, 12, 5], [4, 4, 4], [2, 1]]
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SMALL_DISTILBERT = {"vocab_size": 96, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}
+SMALL_T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 
 
 def export(folder: Path, target: Path, task: str = "feature-extraction", graph: str = "model") -> Path:
@@ -28,14 +30,16 @@ def export(folder: Path, target: Path, task: str = "feature-extraction", graph: 
     return target / f"{graph}.onnx"
 
 
-def made(kind: str, target: Path, **more: Any) -> Path:
+def made(kind: str, target: Path, task: str = "feature-extraction", **more: Any) -> Path:
     """A model of that kind with random weights, exported."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.for_model(kind, **more)).save_pretrained(target / "model")
-    return export(target / "model", target / "onnx")
+    auto = AutoModelForSequenceClassification if task == "text-classification" else AutoModel
+    sizes = {"distilbert": SMALL_DISTILBERT, "t5": SMALL_T5}.get(kind, SIZES)
+    auto.from_config(AutoConfig.for_model(kind, **sizes | more)).save_pretrained(target / "model")
+    return export(target / "model", target / "onnx", task)
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +111,34 @@ def test_what_fills_a_row_up_is_not_computed(plain: Path) -> None:
 @pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra", "megatron-bert"])
 def test_other_encoders_are_fused_as_well(kind: str, tmp_path: Path) -> None:
     """Norms come after a layer's parts, or before them (megatron-bert)."""
-    sizes = (
-        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "vocab_size": 96} if kind == "distilbert" else SIZES
-    )
-    path = made(kind, tmp_path, **sizes)
+    path = made(kind, tmp_path)
     layers, fused = fused_copy(path)
     assert layers == 2
     for lengths in LENGTHS:
         assert difference(path, fused, lengths) < CLOSE
     kinds = Counter((node.op_type, node.domain) for node in ir.load(fused).graph)
     assert kinds["GatherND", ""] == layers + 1  # whatever goes past attention lies as well
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra"])
+def test_of_a_classifiers_last_layer_the_first_token_alone_is_computed(kind: str, tmp_path: Path) -> None:
+    path = made(kind, tmp_path, task="text-classification", num_labels=5)
+    layers, fused = fused_copy(path)
+    assert layers == 2
+    sessions = [ort.InferenceSession(p) for p in (path, fused)]
+    for lengths in LENGTHS:
+        feed = rows_of(lengths, sessions[0])
+        theirs, ours = (session.run(None, feed)[0] for session in sessions)
+        assert ours.shape == (len(lengths), 5)
+        assert abs(ours - theirs).max() < CLOSE * abs(theirs).max()
+    model = ir.load(fused)
+    *_, inner = (
+        node for node in model.graph if node.op_type == "MatMul" and np.shape(node.inputs[1].const_value) == (64, 96)
+    )
+    model.graph.outputs.append(inner.outputs[0])
+    ir.save(model, fused.with_name("more.onnx"), external_data="more.onnx_data")
+    session = ort.InferenceSession(fused.with_name("more.onnx"))
+    assert session.run(None, rows_of([3, 12, 5], session))[-1].shape == (3, 1, 96)
 
 
 def test_an_encoder_without_a_mask_is_fused_and_filled_up_as_before(tiny_whisper: Path, tmp_path: Path) -> None:
@@ -131,7 +153,7 @@ def test_an_encoder_without_a_mask_is_fused_and_filled_up_as_before(tiny_whisper
 
 def test_scores_that_hang_on_distance_are_left_alone(tmp_path: Path) -> None:
     """T5 adds a bias for how far apart two tokens are, which the operator does not."""
-    path = made("t5", tmp_path, vocab_size=96, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    path = made("t5", tmp_path)
     for part in path.parent.glob("*.onnx"):
         model = ir.load(part)
         before = Counter(node.op_type for node in model.graph)

@@ -3,7 +3,8 @@
 Needs: an encoder as optimum exports it: queries, keys and values are products with constant weights, which are cut into heads and
 attend to every token, or to those where `attention_mask` is not zero. Whether a layer does is asked of the layer itself: that part
 of the graph and the operator are run on the same random numbers.
-Then holds: inputs and outputs are what they were, and no token is computed that only fills a row up: see `qft.graph.filling`.
+Then holds: inputs and outputs are what they were; nothing is computed of what only fills a row up (`qft.graph.filling`), nor by the
+last layer of tokens that no one reads (`qft.graph.first_token`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitia
 
 from qft.graph.edit import MICROSOFT, array, drop_unused, give_instead, insert, made_by, read_by, through
 from qft.graph.filling import leave_out_filling
+from qft.graph.first_token import keep_first_token
 from qft.graph.probe import refusals
 
 _MASK = "attention_mask"
@@ -63,6 +65,7 @@ def fuse_encoder(model: ir.Model) -> int:
         graph.insert_before(before, node)
         give_instead(layer.output, node.outputs[0])
     drop_unused(graph)
+    keep_first_token(graph, layers[-1].source)
     if mask is not None:
         leave_out_filling(graph, mask, layers[0].source)
     model.opset_imports[MICROSOFT] = 1

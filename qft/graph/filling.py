@@ -8,11 +8,26 @@ and where the mask leaves places out, those of some token that it does not. Ever
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from qft.graph.edit import array, constant, insert, made_by
 
 _BY_NUMBER = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu"})
+
+
+def by_token(node: ir.Node, is_tokens: Callable[[ir.Value], bool]) -> bool:
+    """Whether a node computes each token's numbers from that token's alone. is_tokens: whether a value is of (…, width)."""
+    values = [value for value in node.inputs if value is not None]
+    if node.op_type == "MatMul":
+        weight = array(values[1])
+        return is_tokens(values[0]) and weight is not None and weight.ndim == 2
+    if node.op_type == "LayerNormalization":
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+        return is_tokens(values[0]) and axis == -1
+    known = all(is_tokens(value) or ((numbers := array(value)) is not None and numbers.ndim <= 1) for value in values)
+    return node.op_type in _BY_NUMBER and known and any(map(is_tokens, values))
 
 
 def leave_out_filling(graph: ir.Graph, mask: ir.Value, source: ir.Value) -> None:
@@ -24,7 +39,7 @@ def leave_out_filling(graph: ir.Graph, mask: ir.Value, source: ir.Value) -> None
     for node in list(graph):
         if node.op_type == "MultiHeadAttention":
             filling.attend(node)
-        elif filling.goes_by_token(node):
+        elif by_token(node, filling.lying.__contains__):
             filling.go_by_token(node)
         else:
             filling.put_together(node)
@@ -49,22 +64,6 @@ class _Filling:
         self.numbers = insert(first, "Reshape", [number, insert(first, "Shape", [mask])])
         self.lying = {source: insert(first, "GatherND", [source, self.places])}
 
-    def goes_by_token(self, node: ir.Node) -> bool:
-        """Whether a node computes each token's numbers from that token's alone, and reads one that lies."""
-        first = node.inputs[0] if node.inputs else None
-        if not any(value in self.lying for value in node.inputs if value is not None):
-            return False
-        rest = [array(value) for value in node.inputs[1:]]
-        if node.op_type == "MatMul":
-            return first in self.lying and rest[0] is not None and rest[0].ndim == 2
-        if node.op_type == "LayerNormalization":
-            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
-            return first in self.lying and axis == -1
-        return node.op_type in _BY_NUMBER and all(
-            value in self.lying or ((numbers := array(value)) is not None and numbers.ndim <= 1)
-            for value in node.inputs
-        )
-
     def go_by_token(self, node: ir.Node) -> None:
         """Let a node read and give values that lie."""
         for place, value in enumerate(node.inputs):
@@ -75,9 +74,11 @@ class _Filling:
         self.shapes[value], value.shape = value.shape, None
 
     def attend(self, node: ir.Node) -> None:
-        """Let attention see rows; what it gives lies again."""
+        """Let attention see rows; what it gives lies again, if its queries did."""
+        all_ask, rows = node.inputs[0] in self.lying, node.outputs[0]
         self.put_together(node)
-        rows = node.outputs[0]
+        if not all_ask:
+            return
         lying = ir.node("GatherND", [rows, self.places])
         self.graph.insert_after(node, lying)
         self.lying[rows] = lying.outputs[0]

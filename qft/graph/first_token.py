@@ -1,0 +1,73 @@
+"""The last layer of a classifier for the first token alone, where nothing else of what it gives is read.
+
+Needs: layers whose attention is one MultiHeadAttention, and a Gather that takes the first token of every row from the last of them.
+Then holds: that layer's queries, and all that comes after its attention, are (batch, 1, width); keys and values are of every token.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qft.graph.edit import array, constant, made_by
+from qft.graph.filling import by_token
+
+_QUERIES = 0  # which input of the attention
+
+
+def keep_first_token(graph: ir.Graph, source: ir.Value) -> bool:
+    """In place; whether it could be done. source: what the last layer's products read, (batch, tokens, width)."""
+    last = next((node for node in graph if _takes_first(node)), None)
+    if last is None:
+        return False
+    nodes = _only_for(graph, last)
+    norm = made_by(source, "LayerNormalization")
+    known = {
+        source,
+        norm.inputs[0] if norm is not None else source,
+    }  # what goes past the layer may come from before its norm
+    read = {(node, place): value for node in nodes - {last} for place, value in _tokens_read(node)}
+    begin = {value for value in read.values() if value.producer() not in nodes}
+    if not begin <= known or not any(node.op_type == "MultiHeadAttention" for node in nodes):
+        return False
+    first = {value: _first(graph, value) for value in begin}
+    for (node, place), value in read.items():
+        node.replace_input_with(place, first.get(value, value))
+    for node in nodes - {last}:
+        node.outputs[0].shape = None
+    return True
+
+
+def _takes_first(node: ir.Node) -> bool:
+    numbers = array(node.inputs[1]) if node.op_type == "Gather" else None
+    return numbers is not None and numbers.size == 1 and numbers.item() == 0 and node.attributes["axis"].as_int() == 1
+
+
+def _only_for(graph: ir.Graph, last: ir.Node) -> set[ir.Node]:
+    """`last`, and what works a token at a time, or asks in an attention, for nothing but these."""
+    nodes = {last}
+    for node in reversed(graph):
+        uses = [use for value in node.outputs for use in value.uses()]
+        alone = all(
+            use.node in nodes and (use.node.op_type != "MultiHeadAttention" or use.idx == _QUERIES) for use in uses
+        )
+        if not uses or not alone or any(value.is_graph_output() for value in node.outputs):
+            continue
+        if node.op_type == "MultiHeadAttention" or by_token(node, lambda value: array(value) is None):
+            nodes.add(node)
+    return nodes
+
+
+def _tokens_read(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Inputs that are cut to the first token, and where they stand."""
+    inputs = [node.inputs[_QUERIES]] if node.op_type == "MultiHeadAttention" else node.inputs
+    return [(place, value) for place, value in enumerate(inputs) if value is not None and array(value) is None]
+
+
+def _first(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """(batch, 1, width) of a value."""
+    zero, one = (constant(graph, f"list_of_{number}", [number]) for number in (0, 1))
+    node = ir.node("Slice", [value, zero, one, one])
+    maker = value.producer()
+    assert maker is not None
+    graph.insert_after(maker, node)
+    return node.outputs[0]
