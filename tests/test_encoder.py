@@ -94,7 +94,7 @@ def test_layers_see_tokens_and_inputs_and_outputs_are_what_they_were(plain: Path
     kinds = Counter(node.op_type for node in ir.load(fused).graph)
     assert kinds["MultiHeadAttention"] == 2
     assert kinds["GatherND"] == 3  # before the first layer, and after each attention
-    assert not {"Softmax", "Expand", "Where"} & set(kinds)
+    assert not {"Softmax", "Where"} & set(kinds)
 
 
 def test_what_fills_a_row_up_is_not_computed(plain: Path) -> None:

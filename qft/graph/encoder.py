@@ -18,13 +18,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 
-from qft.graph.edit import MICROSOFT, array, drop_unused, give_instead, insert, made_by, read_by, through
+from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead, insert, made_by, read_by, through
 from qft.graph.filling import leave_out_filling
 from qft.graph.first_token import keep_first_token
 from qft.graph.probe import refusals
 
 _MASK = "attention_mask"
 _CLOSE = 1e-4  # of the largest number: float32 sums of a row's tokens, in another order
+_OUT_OF_SIGHT = np.array(-1e9, np.float32)  # exp of it is 0, whatever score it is added to
 _FED = (2, 7)  # rows and tokens that a layer is tried on; three of the last row's are masked
 
 
@@ -57,11 +58,11 @@ def fuse_encoder(model: ir.Model) -> int:
         return 0
     if not layers:
         return 0
-    real = None if mask is None else insert(next(iter(graph)), "Cast", [mask], to=ir.DataType.INT32)
+    hidden = None if mask is None else _hidden(graph, mask)
     for layer, scale in zip(layers, scales, strict=True):
         before = layer.output.producer()
         assert before is not None
-        node = _operator(layer.between, layer.heads, scale, real)
+        node = _operator(layer.between, layer.heads, scale, hidden)
         graph.insert_before(before, node)
         give_instead(layer.output, node.outputs[0])
     drop_unused(graph)
@@ -136,11 +137,25 @@ def _width(value: ir.Value) -> int:
     return int(weight.shape[-1])
 
 
-def _operator(between: Sequence[ir.Value], heads: int, scale: float, real: ir.Value | None) -> ir.Node:
-    """real: int32 (batch, tokens), 0 where keys are out of sight; None: all are seen."""
+def _hidden(graph: ir.Graph, mask: ir.Value) -> ir.Value:
+    """float32 (batch, 1, tokens, tokens): what is added to scores. The operator's own mask is not known to WebGPU."""
+    start, one = next(iter(graph)), constant(graph, "one", [1])
+    left_out = insert(
+        start,
+        "Sub",
+        [constant(graph, "one_float", np.array(1, np.float32)), insert(start, "Cast", [mask], to=ir.DataType.FLOAT)],
+    )
+    row = insert(start, "Unsqueeze", [insert(start, "Mul", [left_out, constant(graph, "out_of_sight", _OUT_OF_SIGHT)]),
+                                      constant(graph, "heads_and_queries", [1, 2])])  # fmt: skip
+    count = insert(start, "Slice", [insert(start, "Shape", [mask]), one, constant(graph, "end", [2])])
+    return insert(start, "Expand", [row, insert(start, "Concat", [one, one, count, one], axis=0)])
+
+
+def _operator(between: Sequence[ir.Value], heads: int, scale: float, hidden: ir.Value | None) -> ir.Node:
+    """hidden: float32 (batch, 1, tokens, tokens), added to scores; None: all are seen."""
     return ir.node(
         "MultiHeadAttention",
-        [*between, *([] if real is None else [None, real])],
+        [*between, *([] if hidden is None else [None, None, hidden])],
         domain=MICROSOFT,
         attributes={"num_heads": heads, "scale": scale},
     )
@@ -182,7 +197,7 @@ def _part_says(graph: ir.Graph, layer: _Layer, fed: list[np.ndarray], real: np.n
 def _operator_says(heads: int, scale: float, fed: list[np.ndarray], real: np.ndarray | None) -> np.ndarray:
     given = {f"x{number}": numbers for number, numbers in enumerate(fed)}
     if real is not None:
-        given["real"] = real.astype(np.int32)
+        given["hidden"] = np.repeat(_OUT_OF_SIGHT * (1 - real[:, None, None].astype(np.float32)), _FED[1], axis=2)
     values = [
         ir.val(name, type=ir.TensorType(ir.DataType.from_numpy(numbers.dtype)), shape=ir.Shape(numbers.shape))
         for name, numbers in given.items()

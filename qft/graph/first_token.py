@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qft.graph.edit import array, constant, made_by
 from qft.graph.filling import by_token
 
-_QUERIES = 0  # which input of the attention
+_QUERIES, _ADDED = 0, 5  # which inputs of the attention: the latter is added to scores, (batch, 1, queries, keys)
 
 
 def keep_first_token(graph: ir.Graph, source: ir.Value) -> bool:
@@ -29,11 +29,13 @@ def keep_first_token(graph: ir.Graph, source: ir.Value) -> bool:
     begin = {value for value in read.values() if value.producer() not in nodes}
     if not begin <= known or not any(node.op_type == "MultiHeadAttention" for node in nodes):
         return False
-    first = {value: _first(graph, value) for value in begin}
+    first = {value: _first(graph, value, axis=1) for value in begin}
     for (node, place), value in read.items():
         node.replace_input_with(place, first.get(value, value))
     for node in nodes - {last}:
         node.outputs[0].shape = None
+        if len(node.inputs) > _ADDED and node.inputs[_ADDED] is not None:
+            node.replace_input_with(_ADDED, _first(graph, node.inputs[_ADDED], axis=2))
     return True
 
 
@@ -63,10 +65,10 @@ def _tokens_read(node: ir.Node) -> list[tuple[int, ir.Value]]:
     return [(place, value) for place, value in enumerate(inputs) if value is not None and array(value) is None]
 
 
-def _first(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """(batch, 1, width) of a value."""
-    zero, one = (constant(graph, f"list_of_{number}", [number]) for number in (0, 1))
-    node = ir.node("Slice", [value, zero, one, one])
+def _first(graph: ir.Graph, value: ir.Value, *, axis: int) -> ir.Value:
+    """What the first token has of a value, whose tokens lie along an axis."""
+    begin, end, along = (constant(graph, f"list_of_{number}", [number]) for number in (0, 1, axis))
+    node = ir.node("Slice", [value, begin, end, along])
     maker = value.producer()
     assert maker is not None
     graph.insert_after(maker, node)

@@ -202,26 +202,28 @@ def test_web_page_on_wasm_computes_what_was_measured_and_speaks_to_nobody(
     assert not found["errors"]
     assert found["title"] == "recipe"
     assert found["checked"].startswith("Yes: same first choice at "), found["checked"]
-    expected = predicted(bundle, questions, app)
+    agree(found["answers"], predicted(bundle, questions, app))
+
+
+def agree(shown: list[str], expected: list[dict[str, Any]]) -> None:
+    """What the page shows and qft's answers. A text at the border of random layers' labels falls to either side elsewhere."""
     clear = [answer for answer in expected if "accepted" not in answer or answer["probability"] > 0.8]
-    assert (
-        clear
-    )  # a text at the border of random layers' labels falls to either side: WebAssembly has kernels of its own
-    for said, answer in zip(found["answers"], expected, strict=True):
+    assert clear
+    for said, answer in zip(shown, expected, strict=True):
         if answer in clear:
             assert re.sub(r"\s*\d+ %(, unsure)?$", "", said).removesuffix("(none)") == answer["text"]
 
 
-@pytest.mark.parametrize("job", ["finished", "translated"])
+@pytest.mark.parametrize("job", ["finished", "translated", "classified"])
 def test_web_page_on_webgpu_answers_as_qft_does(job: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """By Chromium's software adapter, which is too slow for every golden case."""
     bundle = request.getfixturevalue(job) / INT4
-    questions = next(asked[:1] for fixture, asked in JOBS.values() if fixture == job)
+    questions = next(asked for fixture, asked in JOBS.values() if fixture == job)[: 4 if job == "classified" else 1]
     app = installed(exported("web", bundle, tmp_path / "app"))
     found = seen(app, questions, "webgpu", tmp_path, check=False)
     if not found["gpu"]:
         pytest.skip("this Chromium has no WebGPU adapter, not even in software")
-    assert found["answers"] == answers_of(bundle, questions, app)
+    agree(found["answers"], predicted(bundle, questions, app))
 
 
 def test_web_server_gives_away_nothing_but_the_app(finished: Path, tmp_path: Path) -> None:
