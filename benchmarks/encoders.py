@@ -81,7 +81,7 @@ def _optimize(base: Path, plain: Path, folder: Path) -> None:
 
 
 def line(way: str, batches: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """A way's line of the table for one kind of batches, out of its trials: milliseconds of a batch, and tokens/s."""
+    """A way's line of the table for one kind of batches, out of its trials: milliseconds of a batch, and how alike vectors are."""
     runs = [run for trial in trials for run in trial["runs"] if run["batches"] == batches]
     count = len(runs[0]["seconds"])
     found: dict[str, Any] = {"way": way, "batches": batches, "filled_up": runs[0]["filled_up"] / runs[0]["tokens"]}
@@ -90,21 +90,19 @@ def line(way: str, batches: str, trials: list[dict[str, Any]]) -> dict[str, Any]
         found[f"{name}milliseconds"] = 1000 * statistics.median(means)
         found[f"slowest_{name}milliseconds"] = 1000 * max(means)
     return found | {
+        "mean_cosine": statistics.fmean(trials[0]["cosines"]),
+        "least_cosine": min(trials[0]["cosines"]),
+        "same_nearest_percent": 100 * statistics.fmean(trials[0]["same_nearest"]),
         "load_seconds": statistics.median(trial["load_seconds"] for trial in trials),
         "peak_memory_bytes": max(trial["peak_memory_bytes"] for trial in trials),
     }
 
 
-def alike(vectors: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Mean and least cosine with the plain export's vectors, and how often the nearest of the other texts is the same."""
+def alike(vectors: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> dict[str, list[Any]]:
+    """Of each text the cosine with the plain export's vector, and whether the nearest of the other texts is the same."""
     ours, theirs = (np.array(each) / np.linalg.norm(each, axis=-1, keepdims=True) for each in (vectors, plain))
-    cosines = (ours * theirs).sum(-1)
     nearest = [(each @ each.T - 2 * np.eye(len(each))).argmax(-1) for each in (ours, theirs)]
-    return {
-        "mean_cosine": float(cosines.mean()),
-        "least_cosine": float(cosines.min()),
-        "same_nearest_percent": 100 * float((nearest[0] == nearest[1]).mean()),
-    }
+    return {"cosines": (ours * theirs).sum(-1).tolist(), "same_nearest": (nearest[0] == nearest[1]).tolist()}
 
 
 def result(table: list[dict[str, Any]]) -> dict[str, float]:
@@ -146,10 +144,9 @@ def main() -> None:
         ]
     by_way = {way: [t for t in trials if t["way"] == way] for way in WAYS}
     plain = by_way["optimum's export"][0]["vectors"]
-    said = {way: alike(found[0]["vectors"], plain) for way, found in by_way.items()}
-    table = [line(way, batches, by_way[way]) | said[way] for batches in _BATCHES for way in WAYS]
-    for each in trials[len(WAYS) :]:
-        del each["vectors"]  # those of the first round are kept
+    for each in trials:
+        each |= alike(each.pop("vectors"), plain)
+    table = [line(way, batches, by_way[way]) for batches in _BATCHES for way in WAYS]
     found = {"quick": words.quick, "work": asdict(work), "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, found | {"trials": trials, "result": result(table) | {"table": table}})
     print(as_markdown(table))

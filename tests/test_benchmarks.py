@@ -176,12 +176,14 @@ def test_an_encoder_is_compared_with_the_faster_of_optimums_graphs() -> None:
             "seconds": [seconds, 3 * seconds],
             "processor_seconds": [1.0, 1.0],
         }
-        return {"way": way, "runs": [run], "load_seconds": 1.0, "peak_memory_bytes": 1}
+        same = {"cosines": [1.0, 0.5], "same_nearest": [True, False]}
+        return {"way": way, "runs": [run], "load_seconds": 1.0, "peak_memory_bytes": 1, **same}
 
     spent = {"qft, cpu-int8": 0.5, "qft, cpu-float32": 1.0, "optimum O3": 2.0, "optimum's export": 3.0}
     table = [encoders.line(way, "1 text", [trial(way, seconds)]) for way, seconds in spent.items()]
     assert table[0]["milliseconds"] == 1000
     assert table[0]["filled_up"] == 1.5
+    assert (table[0]["least_cosine"], table[0]["same_nearest_percent"]) == (0.5, 50)
     found = encoders.result(table)
     assert found == {
         "int8, 1 text": 4,
@@ -193,10 +195,10 @@ def test_an_encoder_is_compared_with_the_faster_of_optimums_graphs() -> None:
 
 def test_vectors_are_as_alike_as_their_directions() -> None:
     plain = [[1.0, 0.0], [0.9, 0.1], [0.0, 2.0]]
-    assert encoders.alike(plain, plain) == {"mean_cosine": 1, "least_cosine": 1, "same_nearest_percent": 100}
+    assert encoders.alike(plain, plain) == {"cosines": pytest.approx([1, 1, 1]), "same_nearest": [True] * 3}
     found = encoders.alike([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]], plain)
-    assert found["least_cosine"] == pytest.approx(0.1 / math.hypot(0.9, 0.1))
-    assert found["same_nearest_percent"] == pytest.approx(200 / 3)  # of the second text it is the third now
+    assert found["cosines"] == pytest.approx([1, 0.1 / math.hypot(0.9, 0.1), 1])
+    assert found["same_nearest"] == [True, False, True]  # of the second text it is the third now
 
 
 def test_speech_is_measured_in_how_many_times_real_time_it_is() -> None:
