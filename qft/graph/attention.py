@@ -19,7 +19,20 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from qft.bundle.session import KEPT_LOGITS, READS
-from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead, insert, made_by, read_by, through
+from qft.graph.edit import (
+    MICROSOFT,
+    OtherGraph,
+    array,
+    constant,
+    drop_unused,
+    give_instead,
+    insert,
+    made_by,
+    must_be_made_by,
+    must_be_read_by,
+    read_by,
+    through,
+)
 from qft.graph.probe import windows_of
 
 _NORM = {"Cast", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"}  # what a norm of heads is made of
@@ -56,10 +69,6 @@ class _Layer:
     scale: float
 
 
-class _Other(Exception):
-    """The graph is not what this pass knows."""
-
-
 def fuse_attention(model: ir.Model, *, positions: int) -> int:
     """Fuse every layer, or none, in place; returns how many. positions: the longest text that the model was made for; longer
     ones can be read up to 8,192 tokens.
@@ -76,7 +85,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
         head = _head(graph)
         masks, presents = [layer.mask for layer in layers], [layer.present[0] for layer in layers]
         windows = windows_of(graph, masks, presents, positions=positions)
-    except (_Other, ValueError):
+    except (OtherGraph, ValueError):
         return 0
     if windows is None:
         return 0
@@ -92,27 +101,27 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
 
 
 def _match(softmax: ir.Node) -> _Layer:
-    """The layer around a softmax. Raises _Other."""
-    masked = _node(softmax.inputs[0], "Add")
-    scores = _node(masked.inputs[0], "MatMul")
+    """The layer around a softmax. Raises OtherGraph."""
+    masked = must_be_made_by(softmax.inputs[0], "Add")
+    scores = must_be_made_by(masked.inputs[0], "MatMul")
     kept = read_by(softmax.outputs[0], "Where")  # where a softmax is no number, 0
-    weighted = _reader((kept or softmax).outputs[0], "MatMul")
-    output = _reader(_reader(weighted.outputs[0], "Transpose").outputs[0], "Reshape").outputs[0]
+    weighted = must_be_read_by((kept or softmax).outputs[0], "MatMul")
+    output = must_be_read_by(must_be_read_by(weighted.outputs[0], "Transpose").outputs[0], "Reshape").outputs[0]
     (queries, q_scale), (keys, k_scale) = (_unscaled(value) for value in scores.inputs)
-    key = _node(_repeated(through(keys, "Transpose")), "Concat")
-    value = _node(_repeated(weighted.inputs[1]), "Concat")
+    key = must_be_made_by(_repeated(through(keys, "Transpose")), "Concat")
+    value = must_be_made_by(_repeated(weighted.inputs[1]), "Concat")
     q, *rotation = _rotation(queries)
     k, *same = _rotation(key.inputs[1])
     past_key, past_value = key.inputs[0], value.inputs[0]
     values, mask = value.inputs[1], masked.inputs[1]
     if rotation != same or past_key is None or past_value is None or values is None or mask is None:
-        raise _Other
+        raise OtherGraph
     if not past_key.is_graph_input() or not past_value.is_graph_input():
-        raise _Other
-    after = array(_reader(output, "MatMul").inputs[1])
+        raise OtherGraph
+    after = array(must_be_read_by(output, "MatMul").inputs[1])
     kv_heads, size = (past_key.shape[axis] if past_key.shape else None for axis in (1, 3))
     if after is None or not isinstance(kv_heads, int) or not isinstance(size, int) or size % _SIZE:
-        raise _Other
+        raise OtherGraph
     return _Layer(
         q,
         k,
@@ -129,28 +138,17 @@ def _match(softmax: ir.Node) -> _Layer:
     )
 
 
-def _node(value: ir.Value | None, op_type: str) -> ir.Node:
-    node = made_by(value, op_type)
-    if node is None:
-        raise _Other
-    return node
-
-
-def _reader(value: ir.Value, op_type: str) -> ir.Node:
-    node = read_by(value, op_type)
-    if node is None:
-        raise _Other
-    return node
-
-
 def _rotation(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value]:
     """x, cos and sin of x * cos + (-second half, first half of x) * sin (RoFormer, arXiv 2104.09864, as GPT-NeoX orders it)."""
-    straight, crossed = (_node(v, "Mul") for v in _node(value, "Add").inputs)
-    exchanged = _node(crossed.inputs[0], "Concat")
-    second, first = _node(_node(exchanged.inputs[0], "Neg").inputs[0], "Slice"), _node(exchanged.inputs[1], "Slice")
+    straight, crossed = (must_be_made_by(v, "Mul") for v in must_be_made_by(value, "Add").inputs)
+    exchanged = must_be_made_by(crossed.inputs[0], "Concat")
+    second, first = (
+        must_be_made_by(must_be_made_by(exchanged.inputs[0], "Neg").inputs[0], "Slice"),
+        must_be_made_by(exchanged.inputs[1], "Slice"),
+    )
     x, cos, sin = straight.inputs[0], through(straight.inputs[1], "Unsqueeze"), through(crossed.inputs[1], "Unsqueeze")
     if x is None or cos is None or sin is None or first.inputs[0] is not x or second.inputs[0] is not x:
-        raise _Other
+        raise OtherGraph
     return x, cos, sin
 
 
@@ -159,19 +157,19 @@ def _angles(value: ir.Value) -> _Angles:
     scaled, factor = _unscaled(through(value, "Cast"))
     node = scaled.producer()
     if node is None or node.op_type not in ("Cos", "Sin"):
-        raise _Other
-    twice = _node(node.inputs[0], "Concat")
-    product = _node(through(twice.inputs[0], "Transpose"), "MatMul")
+        raise OtherGraph
+    twice = must_be_made_by(node.inputs[0], "Concat")
+    product = must_be_made_by(through(twice.inputs[0], "Transpose"), "MatMul")
     frequencies = array(through(product.inputs[0], "Cast", "Expand"))
     if twice.inputs[0] is not twice.inputs[1] or frequencies is None:
-        raise _Other
+        raise OtherGraph
     return _Angles(node.op_type, tuple(frequencies.ravel().tolist()), factor)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
     """What is multiplied by a constant number, and that number: 1 if it is not."""
     if value is None:
-        raise _Other
+        raise OtherGraph
     node = made_by(value, "Mul")
     factor = array(node.inputs[1]) if node is not None else None
     if node is None or factor is None or factor.size != 1 or node.inputs[0] is None:
@@ -191,7 +189,7 @@ def _head(graph: ir.Graph) -> ir.Node:
         if node.op_type == "MatMul":
             return node
         value = node.inputs[0]
-    raise _Other
+    raise OtherGraph
 
 
 def _lengths(graph: ir.Graph, mask: ir.Value) -> list[ir.Value]:

@@ -22,6 +22,26 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type else None
 
 
+class OtherGraph(Exception):
+    """The graph is not what a pass knows."""
+
+
+def must_be_made_by(value: ir.Value | None, op_type: str) -> ir.Node:
+    """The node of this kind that gives the value. Raises OtherGraph."""
+    node = made_by(value, op_type)
+    if node is None:
+        raise OtherGraph
+    return node
+
+
+def must_be_read_by(value: ir.Value, op_type: str) -> ir.Node:
+    """A node of this kind that reads the value. Raises OtherGraph."""
+    node = read_by(value, op_type)
+    if node is None:
+        raise OtherGraph
+    return node
+
+
 def through(value: ir.Value | None, *op_types: str) -> ir.Value | None:
     """The value before as many nodes of these kinds as stand one behind the other, by their first inputs."""
     while value is not None and (node := value.producer()) is not None and node.op_type in op_types:

@@ -18,7 +18,18 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 
-from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead, insert, made_by, read_by, through
+from qft.graph.edit import (
+    MICROSOFT,
+    OtherGraph,
+    array,
+    constant,
+    drop_unused,
+    give_instead,
+    insert,
+    must_be_made_by,
+    must_be_read_by,
+    through,
+)
 from qft.graph.filling import leave_out_filling
 from qft.graph.first_token import keep_first_token
 from qft.graph.probe import refusals
@@ -39,10 +50,6 @@ class _Layer:
     heads: int
 
 
-class _Other(Exception):
-    """The graph is not what this pass knows."""
-
-
 def fuse_encoder(model: ir.Model) -> int:
     """Fuse every layer, or none, in place; returns how many."""
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -54,7 +61,7 @@ def fuse_encoder(model: ir.Model) -> int:
     try:
         layers = [_match(node) for node in graph if node.op_type == "Softmax"]
         scales = [_scale(graph, layer, mask) for layer in layers]
-    except (_Other, ValueError):
+    except (OtherGraph, ValueError):
         return 0
     if not layers:
         return 0
@@ -74,49 +81,35 @@ def fuse_encoder(model: ir.Model) -> int:
 
 
 def _match(softmax: ir.Node) -> _Layer:
-    """What is around a softmax. Raises _Other."""
-    scores = made_by(through(softmax.inputs[0], "Add", "Mul", "Div"), "MatMul")
-    weighted = _reader(softmax.outputs[0], "MatMul")
-    output = _reader(_reader(weighted.outputs[0], "Transpose").outputs[0], "Reshape").outputs[0]
-    if scores is None or not output.uses():
-        raise _Other
+    """What is around a softmax. Raises OtherGraph."""
+    scores = must_be_made_by(through(softmax.inputs[0], "Add", "Mul", "Div"), "MatMul")
+    weighted = must_be_read_by(softmax.outputs[0], "MatMul")
+    output = must_be_read_by(must_be_read_by(weighted.outputs[0], "Transpose").outputs[0], "Reshape").outputs[0]
     cuts = [_cut(value) for value in (*scores.inputs, weighted.inputs[1])]
     between = tuple(_there(cut.inputs[0]) for cut in cuts)
     source = _there(_product(between[0]).inputs[0])
     if any(_product(value).inputs[0] is not source for value in between):
-        raise _Other
+        raise OtherGraph
     return _Layer(source, between, output, _heads(cuts[0].inputs[1], _width(between[0])))
 
 
 def _there(value: ir.Value | None) -> ir.Value:
     if value is None:
-        raise _Other
+        raise OtherGraph
     return value
-
-
-def _reader(value: ir.Value, op_type: str) -> ir.Node:
-    node = read_by(value, op_type)
-    if node is None:
-        raise _Other
-    return node
 
 
 def _cut(value: ir.Value | None) -> ir.Node:
     """The Reshape that cuts into heads, behind scales and exchanges of axes."""
-    node = made_by(through(value, "Mul", "Div", "Transpose"), "Reshape")
-    if node is None:
-        raise _Other
-    return node
+    return must_be_made_by(through(value, "Mul", "Div", "Transpose"), "Reshape")
 
 
 def _heads(shape: ir.Value | None, width: int) -> int:
     """A Reshape makes (batch, tokens, heads, head size), all constant or joined; heads or size may be -1, for what is left."""
-    whole, joined = array(shape), made_by(shape, "Concat")
-    parts = (
-        list(whole) if whole is not None else [array(value) for value in joined.inputs] if joined is not None else []
-    )
+    whole = array(shape)
+    parts = list(whole) if whole is not None else [array(part) for part in must_be_made_by(shape, "Concat").inputs]
     if len(parts) != 4 or parts[2] is None or parts[3] is None:
-        raise _Other
+        raise OtherGraph
     heads, size = int(parts[2].item()), int(parts[3].item())
     return heads if heads > 0 else width // size
 
@@ -125,9 +118,9 @@ def _product(value: ir.Value | None) -> ir.Node:
     """The product with constant weights that gives a value, behind its bias and a factor."""
     while value is not None and (node := value.producer()) is not None and node.op_type in ("Add", "Mul"):
         value = next((read for read in node.inputs if array(read) is None), None)
-    node = made_by(value, "MatMul")
-    if node is None or array(node.inputs[1]) is None:
-        raise _Other
+    node = must_be_made_by(value, "MatMul")
+    if array(node.inputs[1]) is None:
+        raise OtherGraph
     return node
 
 
@@ -140,14 +133,11 @@ def _width(value: ir.Value) -> int:
 def _hidden(graph: ir.Graph, mask: ir.Value) -> ir.Value:
     """float32 (batch, 1, tokens, tokens): what is added to scores. The operator's own mask is not known to WebGPU."""
     start, one = next(iter(graph)), constant(graph, "one", [1])
-    left_out = insert(
-        start,
-        "Sub",
-        [constant(graph, "one_float", np.array(1, np.float32)), insert(start, "Cast", [mask], to=ir.DataType.FLOAT)],
-    )
-    row = insert(start, "Unsqueeze", [insert(start, "Mul", [left_out, constant(graph, "out_of_sight", _OUT_OF_SIGHT)]),
-                                      constant(graph, "heads_and_queries", [1, 2])])  # fmt: skip
-    count = insert(start, "Slice", [insert(start, "Shape", [mask]), one, constant(graph, "end", [2])])
+    all_seen = constant(graph, "all_seen", np.array(1, np.float32))
+    left_out = insert(start, "Sub", [all_seen, insert(start, "Cast", [mask], to=ir.DataType.FLOAT)])
+    scores = insert(start, "Mul", [left_out, constant(graph, "out_of_sight", _OUT_OF_SIGHT)])
+    row = insert(start, "Unsqueeze", [scores, constant(graph, "heads_and_queries", [1, 2])])
+    count = insert(start, "Slice", [insert(start, "Shape", [mask]), one, constant(graph, "rank", [2])])
     return insert(start, "Expand", [row, insert(start, "Concat", [one, one, count, one], axis=0)])
 
 
@@ -162,7 +152,7 @@ def _operator(between: Sequence[ir.Value], heads: int, scale: float, hidden: ir.
 
 
 def _scale(graph: ir.Graph, layer: _Layer, mask: ir.Value | None) -> float:
-    """Of the scores, with which the operator gives what the graph's part does. Raises _Other if none is right."""
+    """Of the scores, with which the operator gives what the graph's part does. Raises OtherGraph if none is right."""
     chance = np.random.default_rng(0)
     widths = [_width(value) for value in layer.between]
     fed = [chance.normal(size=(*_FED, width)).astype(np.float32) for width in widths]
@@ -174,7 +164,7 @@ def _scale(graph: ir.Graph, layer: _Layer, mask: ir.Value | None) -> float:
         found = _operator_says(layer.heads, scale, fed, None if mask is None else real)
         if found.shape == expected.shape and abs(found - expected).max() <= _CLOSE * abs(expected).max():
             return scale
-    raise _Other
+    raise OtherGraph
 
 
 def _part_says(graph: ir.Graph, layer: _Layer, fed: list[np.ndarray], real: np.ndarray) -> np.ndarray:

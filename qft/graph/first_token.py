@@ -23,39 +23,44 @@ def keep_first_token(graph: ir.Graph, source: ir.Value) -> bool:
     norm = made_by(source, "LayerNormalization")
     known = {
         source,
-        norm.inputs[0] if norm is not None else source,
+        source if norm is None else norm.inputs[0],
     }  # what goes past the layer may come from before its norm
-    read = {(node, place): value for node in nodes - {last} for place, value in _tokens_read(node)}
-    begin = {value for value in read.values() if value.producer() not in nodes}
-    if not begin <= known or not any(node.op_type == "MultiHeadAttention" for node in nodes):
+    read = {(node, place): value for node in nodes for place, value in _tokens_read(node)}
+    begin = dict.fromkeys(value for value in read.values() if value.producer() not in [*nodes, last])
+    if not known.issuperset(begin) or not any(node.op_type == "MultiHeadAttention" for node in nodes):
         return False
     first = {value: _first(graph, value, axis=1) for value in begin}
     for (node, place), value in read.items():
         node.replace_input_with(place, first.get(value, value))
-    for node in nodes - {last}:
+    for node in nodes:
         node.outputs[0].shape = None
-        if len(node.inputs) > _ADDED and node.inputs[_ADDED] is not None:
-            node.replace_input_with(_ADDED, _first(graph, node.inputs[_ADDED], axis=2))
+        added = node.inputs[_ADDED] if len(node.inputs) > _ADDED else None
+        if added is not None:
+            node.replace_input_with(_ADDED, _first(graph, added, axis=2))
     return True
 
 
 def _takes_first(node: ir.Node) -> bool:
     numbers = array(node.inputs[1]) if node.op_type == "Gather" else None
-    return numbers is not None and numbers.size == 1 and numbers.item() == 0 and node.attributes["axis"].as_int() == 1
+    if numbers is None or numbers.size != 1 or numbers.item() != 0 or "axis" not in node.attributes:
+        return False
+    return node.attributes["axis"].as_int() == 1
 
 
-def _only_for(graph: ir.Graph, last: ir.Node) -> set[ir.Node]:
-    """`last`, and what works a token at a time, or asks in an attention, for nothing but these."""
-    nodes = {last}
+def _only_for(graph: ir.Graph, last: ir.Node) -> list[ir.Node]:
+    """What works a token at a time, or asks in an attention, for nothing but `last` and these."""
+    nodes: list[ir.Node] = []
     for node in reversed(graph):
         uses = [use for value in node.outputs for use in value.uses()]
         alone = all(
-            use.node in nodes and (use.node.op_type != "MultiHeadAttention" or use.idx == _QUERIES) for use in uses
+            use.node is last
+            or (use.node in nodes and (use.node.op_type != "MultiHeadAttention" or use.idx == _QUERIES))
+            for use in uses
         )
         if not uses or not alone or any(value.is_graph_output() for value in node.outputs):
             continue
         if node.op_type == "MultiHeadAttention" or by_token(node, lambda value: array(value) is None):
-            nodes.add(node)
+            nodes.append(node)
     return nodes
 
 
