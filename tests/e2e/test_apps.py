@@ -207,7 +207,7 @@ def test_web_page_on_wasm_computes_what_was_measured_and_speaks_to_nobody(
 
 def agree(shown: list[str], expected: list[dict[str, Any]]) -> None:
     """What the page shows and qft's answers. A text at the border of random layers' labels falls to either side elsewhere."""
-    clear = [answer for answer in expected if "accepted" not in answer or answer["probability"] > 0.8]
+    clear = [answer for answer in expected if "accepted" not in answer or answer["probability"] > 0.6]
     assert clear
     for said, answer in zip(shown, expected, strict=True):
         if answer in clear:
