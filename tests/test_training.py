@@ -25,6 +25,7 @@ from qft.errors import Interrupted, StageError
 from qft.training.causal import CausalForward
 from qft.training.loop import fine_tuning, learning_rate_at, plan_batches, train
 from qft.training.lora import Lora, trainable
+from qft.training.watch import Watch
 from tests.conftest import short_schedule
 
 PAD = 2
@@ -255,6 +256,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tmp_path: Path
     next(iter(trainable(model).values())).data.fill_(math.nan)
     with pytest.raises(StageError, match="at step 1"):
         train(model, rows(8), rows(4), SCHEDULE, TUNING, folder=tmp_path, metrics=tmp_path / "m.jsonl", plan="p")
+
+
+def test_a_lucky_first_batch_is_no_measure_of_those_that_follow() -> None:
+    """The losses of a tiny run whose first batch was said rightly by chance; then one that does explode."""
+    watch = Watch()
+    for step, loss in enumerate([0.01, 1.09, 1.13, 0.38, 0.16, 1.30, 1.40, 0.52, 1.2], start=1):
+        watch.look(step, loss, 1.0, 1e-3)
+    with pytest.raises(StageError, match="explodes"):
+        watch.look(10, 19.0, 1.0, 1e-3)
 
 
 def test_a_loss_that_explodes_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 from qft.errors import StageError
 
+_FIRST = 3  # steps that begin the mean of losses
+
 
 class Watch:
     """Stops a run whose loss is not a number or grows without end."""
 
     def __init__(self) -> None:
-        self.smooth = math.nan
-        self.least = math.inf
+        self.first: list[float] = []
+        self.smooth, self.least = math.nan, math.inf
 
     def look(self, step: int, loss: float, norm: float | None, rate: float) -> None:
         """norm: of the gradient; None if float16 overflowed and the step was left out, which the scaler mends by itself."""
@@ -27,7 +29,11 @@ class Watch:
                 f"the loss is {loss} and the gradient norm {norm} at step {step}",
                 hint=f"the learning rate ({rate:g}) is likely too high, or a row holds only unknown tokens",
             )
-        self.smooth = loss if math.isnan(self.smooth) else 0.8 * self.smooth + 0.2 * loss
+        if len(self.first) < _FIRST:  # a small batch's loss may be near zero by luck: none is measured by one alone
+            self.first.append(loss)
+            self.smooth = sum(self.first) / len(self.first)
+            return
+        self.smooth = 0.8 * self.smooth + 0.2 * loss
         self.least = min(self.least, self.smooth)
         if self.smooth > 2 * self.least + 1:
             raise StageError(
