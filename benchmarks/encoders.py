@@ -1,7 +1,7 @@
 """Speed of the shipped encoder beside optimum's graphs of the same model: the same texts, trials alternating, one process a trial.
 
-    python -m benchmarks.encoders --quick --json FILE      # 2 rounds: 2 minutes on 2 cores
-    python -m benchmarks.encoders --json FILE              # 5 rounds
+    python -m benchmarks.encoders --quick --json FILE      # 2 rounds
+    python -m benchmarks.encoders --json FILE              # 5 rounds: 7 minutes on 2 cores
 
 MiniLM as its package has it, rounded to the nearest point of a grid. Texts: banking77's, one at a time and 32 of different lengths
 together; contexts of xquad, 32 together. How alike vectors are is the cosine of each with what optimum's plain export says of the text.

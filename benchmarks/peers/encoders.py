@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
+from qft.bundle.embedder import OnnxEmbedder
 from qft.measure.machine import peak_memory
 
 OURS = ("qft, cpu-int8", "qft, cpu-float32")
@@ -42,27 +41,7 @@ class Work:
     batches: dict[str, int]
 
 
-class Encoder:
-    """A raw session on one of the graphs: all of these take the same inputs."""
-
-    def __init__(self, model: Path, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.named = {i.name for i in self.session.get_inputs()}
-
-    def vectors(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 (texts, size), in the order given, filled up to the longest."""
-        width = max(map(len, texts))
-        ids, mask = np.zeros((len(texts), width), np.int64), np.zeros((len(texts), width), np.int64)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = text, 1
-        fed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        (found,) = self.session.run(["sentence_embedding"], {name: fed[name] for name in self.named})
-        return np.asarray(found)
-
-
-def _timed(encoder: Encoder, name: str, texts: list[list[int]], work: Work) -> dict[str, Any]:
+def _timed(encoder: OnnxEmbedder, name: str, texts: list[list[int]], work: Work) -> dict[str, Any]:
     """Batches of texts in the order they come, as an app would send them."""
     together = work.batches[name]
     batches = [texts[start : start + together] for start in range(0, len(texts), together)]
@@ -70,7 +49,7 @@ def _timed(encoder: Encoder, name: str, texts: list[list[int]], work: Work) -> d
     for repeat in range(work.repeats + 1):
         for batch in batches:
             began, worked = time.perf_counter(), time.process_time()
-            encoder.vectors(batch)
+            encoder.embed(batch)
             if repeat:  # the first is warm-up
                 found["processor_seconds"].append(time.process_time() - worked)
                 found["seconds"].append(time.perf_counter() - began)
@@ -88,10 +67,10 @@ def main() -> None:
     texts: dict[str, list[list[int]]] = json.loads((folder / "texts.json").read_text("utf-8"))
     with peak_memory() as peak:
         began = time.perf_counter()
-        encoder = Encoder(folder / WAYS[way], work.threads)
+        encoder = OnnxEmbedder(folder / WAYS[way], pad_id=0, temperature=1.0, threads=work.threads)
         load = time.perf_counter() - began
         runs = [_timed(encoder, name, texts[name], work) for name in work.batches]
-    vectors = np.concatenate([encoder.vectors([text]) for text in texts[next(iter(work.batches))]])
+    vectors = np.concatenate([encoder.embed([text]) for text in texts[next(iter(work.batches))]])
     found = {"load_seconds": load, "runs": runs, "peak_memory_bytes": peak.bytes}
     print(json.dumps(found | {"vectors": vectors.astype(np.float64).round(6).tolist()}))
 

@@ -16,8 +16,6 @@ import onnx_ir as ir
 from qft.graph.edit import array, constant, drop_unused, give_instead, insert, made_by
 
 _ALIKE = ("bits", "block_size", "K", "accuracy_level")
-
-
 _BIAS = 5  # which input it is
 
 
@@ -28,8 +26,7 @@ def merge_biases(graph: ir.Graph) -> int:
         product, bias = _with_bias(node)
         if product is None:
             continue
-        while len(product.inputs) <= _BIAS:
-            product.resize_inputs(len(product.inputs) + 1)
+        product.resize_inputs(_BIAS + 1)
         product.replace_input_with(_BIAS, bias)
         give_instead(node.outputs[0], product.outputs[0])
         graph.remove(node, safe=True)

@@ -163,9 +163,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], *, seconds: float = 120
 
 
 def test_two_runs_on_one_folder(recipe_folder: Path, typed: Type) -> None:
-    first = start(
-        recipe_folder, "run", "recipe.yaml", "training.epochs=3000"
-    )  # much longer than the other takes to start
+    first = start(recipe_folder, "run", "recipe.yaml", "training.epochs=300")
     try:
         wait_for(recipe_folder / "runs/recipe/metrics.jsonl", first)
         assert_refused(typed(recipe_folder, "qft run recipe.yaml"), "another qft is at work", code=1)
