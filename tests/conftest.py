@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from qft.data.encode import Encoded
 from qft.libraries import quiet
 
 quiet()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of xdist's workers keeps to a core of its own: threads of two of them on one core wait for one another."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared/data"  # real data sets beside a developer's checkout
 TEMPLATE = (
