@@ -5,32 +5,37 @@
     python -m benchmarks.tasks --only sarcasm,review-labels --json FILE
 
 Also by name: the recipes in benchmarks/recipes, on rows that qft does not ship (../shared/data). Runs are kept in --runs, so a broken
-benchmark goes on where it was; so is what FILE holds of recipes that are not run now. `gain` is shipped less before in points of
-rows that are right, or in percent of perplexity, with its 95 % interval (bootstrap over held-out rows, paired).
+benchmark goes on where it was; so is what FILE holds of recipes that are not run now. `baseline` is the metric if the commonest
+held-out label were every answer. `gain` is how much better the file that ships is than the model before tuning, in the metric's own
+unit, with its 95 % interval (bootstrap over held-out rows, paired). A recipe of several targets is told by its first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.quantization import interval
-from qft.data.conversations import read_calls
+from qft.bundle.classifier import Labels
 from qft.files import write_text
 from qft.measure.machine import machine, versions
+from qft.measure.quality import RowAnswer
+from qft.measure.scores import Score, difference, score_of
 
 RECIPES, MORE = Path(__file__).parent.parent / "recipes", Path(__file__).parent / "recipes"
 _FEW = {"data.max_train_rows": 128, "data.eval": 64, "data.validation": 32, "training.epochs": 1, "fold.tokens": 2048,
         "bench.trials": 2, "training.evaluations": 1, "evaluation.answers": 16}  # fmt: skip
+_SMALLER_IS_BETTER = {"perplexity", "loss", "wer", "cer"}
+_NOT_KEPT = ("where", "ended", "probability")
+_USUAL = {field.name: field.default for field in fields(RowAnswer)}
 
 
 def run(path: Path, runs: Path, changes: Mapping[str, object], *, name: str) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def run(path: Path, runs: Path, changes: Mapping[str, object], *, name: str) -> 
     sys.stderr.write(f"qft run recipes/{path.name} {' '.join(words)}\n")
     _qft("run", str(path), f"name={name}", *words, "--runs", str(runs), stdout=sys.stderr)
     found = json.loads(_qft("report", str(runs / name), "--json", stdout=subprocess.PIPE))
-    shipped = f"quantize-{found['waterfall'][-1]['target']}"
+    shipped = f"quantize-{Path(found['bundle']).name}"
     before, after = (_answers(runs / name / "answers" / f"{stage}.jsonl") for stage in ("baseline", shipped))
     return {"summary": found, "before": before, "shipped": after}
 
@@ -68,8 +73,9 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 def _kept(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the figures are of, and no more: thousands of rows lie in the repository."""
     return [
-        {key: a[key] for key in ("expected", "answer", "right", "targets")} | {"loss": round(a["loss"], 5)}
-        for a in answers
+        {key: value for key, value in answer.items() if key not in _NOT_KEPT and value != _USUAL[key]}
+        | {"loss": round(answer["loss"], 5)}
+        for answer in answers
     ]
 
 
@@ -104,17 +110,23 @@ class Result:
 
 def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """A recipe's line of the table."""
-    summary, steps = found["summary"], {step["stage"]: step for step in found["summary"]["waterfall"]}
+    summary = found["summary"]
+    target = Path(summary["bundle"]).name
+    steps = {step["stage"]: step for step in summary["waterfall"] if step.get("target") in (None, target)}
     metric = steps["shipped"]["metric"]
+    labels = summary["labels"]["scores"] if summary["labels"] else []
+    names = tuple(score["label"] for score in labels)
     return {
         "recipe": name,
         "metric": metric,
-        "baseline": summary["majority_percent"],
+        "baseline": None if summary["majority_percent"] is None else baseline(metric, found["before"], names),
         "before": steps["base"]["value"],
         "tuned": steps["tuned"]["value"],
         "exported": steps["exported"]["value"],
         "shipped": steps["shipped"]["value"],
-        "gain": gain(metric, found["before"], found["shipped"]),
+        "target": target,
+        "targets": {step["target"]: step["value"] for step in summary["waterfall"] if step["stage"] == "shipped"},
+        "gain": gain(metric, found["before"], found["shipped"], names),
         "minutes": summary["seconds"] / 60,
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "joules": summary["energy"]["joules"],
@@ -123,20 +135,29 @@ def row(name: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def gain(metric: str, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Points of answers that are right, more than before (tool_call: of calls); of perplexity the percent that it fell."""
-    if metric == "tool_call":
-        calls = [i for i, answer in enumerate(after) if answer["asked"] and read_calls(answer["expected"])]
-        before, after = ([answers[i] for i in calls] for answers in (before, after))
+def baseline(metric: str, answers: Sequence[dict[str, Any]], labels: Sequence[str] = ()) -> float:
+    """The metric if the commonest expected answer were given to every row. labels: those that macro F1 is of."""
+    ((commonest, _),) = Counter(answer["expected"] for answer in answers).most_common(1)
+    given = [{**answer, "answer": commonest, "right": answer["expected"] == commonest} for answer in answers]
+    return _score(metric, given, labels).of()
 
-    def value(rows: Sequence[int]) -> float:
-        if metric != "perplexity":
-            return 100 * sum(after[i]["right"] - before[i]["right"] for i in rows) / len(rows)
-        nats = sum((before[i]["loss"] - after[i]["loss"]) * after[i]["targets"] for i in rows)
-        return 100 * (1 - math.exp(-nats / sum(after[i]["targets"] for i in rows)))
 
-    low, high = interval(value, len(after), draws=1000)
-    return {"value": value(range(len(after))), "low": low, "high": high}
+def gain(
+    metric: str, before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], labels: Sequence[str] = ()
+) -> dict[str, float]:
+    """How much better `after` is, in the metric's unit; of perplexity and of errors how much less."""
+    apart = difference(_score(metric, before, labels), _score(metric, after, labels))
+    low, high = sorted([apart.low, apart.high])
+    if metric in _SMALLER_IS_BETTER:
+        return {"value": -apart.value, "low": -high, "high": -low}
+    return {"value": apart.value, "low": low, "high": high}
+
+
+def _score(metric: str, answers: Sequence[dict[str, Any]], labels: Sequence[str]) -> Score:
+    rows = [RowAnswer(**{"where": "", "ended": True, **answer}) for answer in answers]
+    score = score_of(metric, rows, Labels(tuple(labels), several=True))
+    assert score is not None, metric
+    return score
 
 
 def as_markdown(table: Sequence[dict[str, Any]]) -> str:

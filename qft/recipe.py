@@ -57,7 +57,10 @@ class DataKeys(Section):
         description="what stands between the texts of a .txt file: a line break, an empty line ('\\n\\n'), or '' if the "
         "whole file is one text",
     )
-    text_column: str = Field("text", description="column that holds the text (formats text, labels and speech)")
+    text_column: str = Field(
+        "text",
+        description="column that holds the text (formats text, labels and speech); of format text also a list of lines",
+    )
     label_column: str = Field("label", description="column that holds the label or the rating (format labels)")
     label_separator: str | None = Field(
         None,

@@ -20,7 +20,7 @@ from benchmarks.cells import fold_words
 from benchmarks.moved import off_grid
 from benchmarks.quantization import QUICK, SETS, _with_rate, gap, is_current, points, promised, table
 from benchmarks.rounding_rows import MOVED
-from benchmarks.tasks import Result, gain
+from benchmarks.tasks import Result, baseline, gain, row
 
 
 def test_a_folded_cell_is_found_again_in_the_cache() -> None:
@@ -117,14 +117,46 @@ def test_later_seeds_take_the_rate_that_was_best_for_the_first() -> None:
     assert _with_rate(later, kept).learning_rates == (2e-3,)
 
 
-def test_a_gain_is_in_the_metrics_good_direction() -> None:
-    right = [{"right": n % 4 == 0, "loss": 2.0, "targets": 3} for n in range(200)]
-    more = [{"right": n % 2 == 0, "loss": 2.0 + math.log(0.8), "targets": 3} for n in range(200)]
-    points, percent = gain("accuracy", right, more), gain("perplexity", right, more)
+def answered(expected: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"expected": expected, "answer": answer, "right": answer == expected, "loss": 2.0, "targets": 3, **more}
+
+
+def test_a_gain_is_in_the_metrics_unit_and_good_direction() -> None:
+    before = [answered("a", "a" if n % 4 == 0 else "b") for n in range(200)]
+    after = [answered("a", "a" if n % 2 == 0 else "b", loss=2.0 + math.log(0.8)) for n in range(200)]
+    points = gain("accuracy", before, after)
     assert points["value"] == 25
     assert points["low"] < 25 < points["high"]
-    assert percent["value"] == pytest.approx(20)  # perplexity falls to four fifths, on every row alike
-    assert percent["high"] - percent["low"] < 1e-6
+    less = gain("perplexity", before, after)  # it falls to four fifths, on every row alike
+    assert less == {name: pytest.approx(0.2 * math.exp(2)) for name in ("value", "low", "high")}
+    said = [answered("a fine day", "a fine"), answered("well made", "well made")] * 20
+    worse = gain("wer", [answered(each["expected"], each["expected"]) for each in said], said)
+    assert worse["value"] == pytest.approx(-20)
+    assert worse["low"] < -20 < worse["high"] < 0
+    nearer = gain("chrf", said, [answered(each["expected"], each["expected"]) for each in said])
+    assert nearer["low"] <= nearer["value"] <= nearer["high"] <= 100
+    assert nearer["low"] > 0
+
+
+def test_the_commonest_answer_is_judged_by_the_metric_of_its_recipe() -> None:
+    answers = [answered("good", "bad")] * 30 + [answered("bad", "bad")] * 10
+    assert baseline("accuracy", answers) == 75
+    assert baseline("macro_f1", answers, ["good", "bad"]) == pytest.approx(100 * (2 * 30 / (30 + 40)) / 2)
+
+
+def test_a_recipe_of_several_targets_is_told_by_its_first() -> None:
+    def step(stage: str, value: float, **target: str) -> dict[str, Any]:
+        return {"stage": stage, "metric": "accuracy", "value": value, **target}
+
+    steps = [step("base", 10), step("tuned", 80), step("exported", 80)]
+    steps += [step("shipped", 79, target="cpu-int8"), step("shipped", 70, target="web-int4")]
+    summary = {"bundle": "runs/x/bundles/cpu-int8", "waterfall": steps, "labels": None, "majority_percent": None}
+    summary |= {"seconds": 60, "peak_memory_bytes": 1, "energy": {"joules": 1}, "bundle_bytes": 5, "problems": []}
+    answers = [answered("a", "a")] * 4
+    found = row("x", {"summary": summary, "before": answers, "shipped": answers})
+    assert (found["target"], found["shipped"], found["bundle_bytes"]) == ("cpu-int8", 79, 5)
+    assert found["targets"] == {"cpu-int8": 79, "web-int4": 70}
+    assert found["baseline"] is None
 
 
 def test_a_recipe_that_is_run_again_takes_its_own_place_among_the_results(tmp_path: Path) -> None:

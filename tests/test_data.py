@@ -140,6 +140,13 @@ def test_every_format_becomes_a_question_and_an_answer(values: dict[str, Any]) -
     assert [(m.role, m.content) for m in examples[0].messages] == [("user", "q"), ("assistant", "a")]
 
 
+def test_a_list_of_lines_is_one_text() -> None:
+    rows = [Row({"lines": ["to be", "or not"], "n": 1}, "r:1"), Row({"lines": "alone", "n": 2}, "r:2")]
+    rows.append(Row({"lines": [{"a": 1}], "n": 3}, "r:3"))
+    examples, _ = to_examples(rows, shape(format="text", text_column="lines"))
+    assert [e.text for e in examples] == ["to be\nor not", "alone", '[{"a": 1}]']
+
+
 def test_a_rating_becomes_a_label_by_bins_and_the_middle_is_dropped() -> None:
     rows = [Row({"text": t, "rating": r}, f"r:{t}") for t, r in (("a", "-2.5"), ("b", "0.5"), ("c", "1"), ("d", "3"))]
     bins = {"bad": "<= -1", "good": ">= 1"}

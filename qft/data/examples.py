@@ -238,7 +238,10 @@ def _qa(row: Row, shape: Shape, bins: Bins) -> Example:
 
 
 def _text(row: Row, shape: Shape, bins: Bins) -> Example:
-    return Example((), text_of(_column(row, shape.text_column)), None, row.where)
+    """A column that holds a list of texts, as poems and books are often kept, has a line for each."""
+    value = _column(row, shape.text_column)
+    lines = value if isinstance(value, list) and all(isinstance(line, str) for line in value) else [text_of(value)]
+    return Example((), "\n".join(lines), None, row.where)
 
 
 def _labels(row: Row, shape: Shape, bins: Bins) -> Example:
