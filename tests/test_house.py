@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -142,7 +142,7 @@ def test_a_bundle_is_opened_and_measured_without_torch(name: str) -> None:
 
 
 def test_qft_is_imported_at_once_and_loads_its_names_when_asked_for() -> None:
-    code = "import time; began = time.perf_counter(); import qft; print(time.perf_counter() - began)"
+    code = "import time; began = time.process_time(); import qft; print(time.process_time() - began)"
     assert min(float(fresh(code)) for _ in range(3)) < 0.05
     assert fresh("import qft, sys; print('numpy' in sys.modules, qft.Bundle.__name__, callable(qft.run))").split() == [
         "False",
@@ -152,13 +152,16 @@ def test_qft_is_imported_at_once_and_loads_its_names_when_asked_for() -> None:
 
 
 def test_help_answers_at_once() -> None:
+    """In seconds of a processor: tests run side by side, and one core does all of it."""
     fresh("import qft.cli")  # once, for the byte code
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "qft", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.3
+        after = os.times()
+        spent = after.children_user - before.children_user + after.children_system - before.children_system
+        seconds.append(spent)
+    assert 0 < min(seconds) < 0.3
 
 
 @pytest.mark.parametrize("name", COMMANDS)
