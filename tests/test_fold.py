@@ -90,25 +90,32 @@ def divergence(model: Any, lesson: Lesson) -> float:
 
 
 def folded(
-    folder: Path, scratch: Path, on_progress: Any = lambda _: None, rate: float = PLAN.learning_rate
+    folder: Path, scratch: Path, on_progress: Any = lambda _: None, spoil: Any = lambda _: None
 ) -> tuple[Any, Lesson, float]:
-    model, plan = plain(folder), replace(PLAN, learning_rate=rate)
-    lesson = fit(model, rows(60), rows(6, seed=9), plan, forward=FORWARD)
+    model = plain(folder)
+    lesson = fit(model, rows(60), rows(6, seed=9), PLAN, forward=FORWARD)
     assert lesson is not None
+    spoil(model)
     before = divergence(model, lesson)
-    learn(model, lesson, plan, forward=FORWARD, folder=scratch, mark="m", on_progress=on_progress)
+    learn(model, lesson, PLAN, forward=FORWARD, folder=scratch, mark="m", on_progress=on_progress)
     return model, lesson, before
 
 
+def off_by_a_few_percent(model: Any) -> None:
+    chance = torch.Generator().manual_seed(0)
+    for _, layer in grid_layers(model):
+        layer.gain.data.mul_(1 + 0.06 * (2 * torch.rand(layer.gain.shape, generator=chance) - 1))
+        layer.round_again()
+
+
 def test_learning_brings_it_nearer_to_the_tuned_model(tiny_model: Path, tmp_path: Path) -> None:
-    """At one of two rates: the tiny model's random layers come out of their own training otherwise on every kind of processor."""
-    tried = [folded(tiny_model, tmp_path / f"{rate}", rate=rate) for rate in (3e-4, 1e-3)]
-    model, lesson, before = min(tried, key=lambda one: divergence(*one[:2]))
+    """From scales that are off: what fitting leaves to learn hangs on the tiny model's random layers, and these on the processor."""
+    model, lesson, before = folded(tiny_model, tmp_path, spoil=off_by_a_few_percent)
     assert 600 <= sum(len(row.input_ids) for row in lesson.rows) < 650
-    assert divergence(model, lesson) < 0.9 * before
-    assert len(dict(grid_layers(model))) == 14
-    moved = [(layer.gain - 1).abs().max().item() for _, layer in grid_layers(model)]
-    assert min(moved) > 0
+    assert divergence(model, lesson) < 0.4 * before
+    layers = dict(grid_layers(model))
+    assert len(layers) == 14
+    assert all(layer.b.any() for layer in layers.values())
 
 
 def test_it_learns_from_rows_that_rounding_was_not_fitted_on() -> None:
