@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qft.data.encode import Encoded
@@ -100,6 +101,28 @@ def save_tokenizer(tokenizer: Any, folder: Path, **settings: str) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def exported_logits(model: Any, source: Path, scratch: Path, ids: Any) -> np.ndarray:
+    """(rows, positions, vocabulary) of the model's float ONNX graph. source: folder whose tokenizer it has; ids: (rows, positions)."""
+    from qft.bundle.session import open_session
+    from qft.graph.export_optimum import export_float
+
+    plain, out = scratch / "merged", scratch / "onnx"
+    model.save_pretrained(plain)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (plain / name).write_bytes((source / name).read_bytes())
+    out.mkdir()
+    export_float(plain, out, graphs=["model"], export_task="text-generation-with-past")
+    session, _ = open_session(out / "model.onnx", threads=1, provider="cpu")
+    feed: dict[str, np.ndarray] = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
+    for entry in session.get_inputs():
+        if entry.name == "position_ids":
+            feed[entry.name] = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
+        elif entry.name.startswith("past"):
+            feed[entry.name] = np.zeros((len(ids), entry.shape[1], 0, entry.shape[3]), np.float32)
+    (logits,) = session.run(["logits"], feed)
+    return np.asarray(logits)
 
 
 def _teach_the_form(model: Any, tokenizer: Any) -> None:

@@ -15,10 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from qft.base_model import LabelHead, label_layer, load
-from qft.bundle.classifier import Labels
+from qft.bundle.classifier import Labels, OnnxClassifier
 from qft.data.examples import Example
 from qft.data.labelled import Labelled, LabelSet, shortened
 from qft.errors import InputError, Interrupted
+from qft.graph.export_optimum import export_float
 from qft.measure.classification import best_temperature, calibration_error, measure_labels, per_label, reject_threshold
 from qft.measure.quality import Measuring, RowAnswer
 from qft.progress import silent
@@ -82,6 +83,22 @@ def test_the_head_that_learnt_is_saved_and_merged(
     np.testing.assert_allclose(TorchClassifier(merged, PAD).logits(texts, 1), expected, rtol=1e-3, atol=1e-4)
     assert np.abs(expected).max() > 0.05
     assert not np.allclose(TorchClassifier(plain, PAD).logits(texts, 1)[0], 0)  # merged in place
+
+
+def test_a_head_on_a_decoder_is_exported_and_optimum_reads_it(tiny_model: Path, tmp_path: Path) -> None:
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+
+    model = loaded(tiny_model)
+    label_layer(model, 3).weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    export_float(tmp_path, tmp_path, graphs=["model"], export_task="text-classification")
+    texts = [[2, 40, 41, 42, 43], [2, 50]]
+    expected = TorchClassifier(model, PAD).logits(texts, 1)
+    ours = OnnxClassifier(tmp_path / "model.onnx", pad_id=PAD).logits(texts, 1)
+    np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-4)
+    theirs = ORTModelForSequenceClassification.from_pretrained(tmp_path)
+    (found,) = theirs(input_ids=torch.tensor(texts[:1]), attention_mask=torch.ones(1, 5, dtype=torch.long)).logits
+    np.testing.assert_allclose(found.numpy(), expected[0, 0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_4_bit_base_leaves_the_head_float(tiny_encoder: Path) -> None:

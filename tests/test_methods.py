@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,7 +19,7 @@ from qft.training.classify import ClassifierForward
 from qft.training.loop import fine_tuning, train
 from qft.training.lora import Lora, round_base, trainable
 from qft.training.methods import Method, Weights
-from tests.conftest import answered_rows, short_schedule
+from tests.conftest import answered_rows, exported_logits, short_schedule
 
 IDS = torch.arange(3, 33)[None]
 LORA = Lora(r=4, alpha=8, seed=0)
@@ -61,7 +62,9 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("method", VARIANTS.values(), ids=list(VARIANTS))
-def test_a_merged_model_computes_what_the_tuned_one_did(tiny_model: Path, tmp_path: Path, method: Method) -> None:
+def test_a_merged_model_and_its_graph_compute_what_the_tuned_one_did(
+    tiny_model: Path, tmp_path: Path, method: Method
+) -> None:
     untouched = base_model(tiny_model)(IDS).logits.detach()
     model = learn(method.attach(base_model(tiny_model)), tmp_path / "checkpoints")
     merged = method.merge(merge_base(tiny_model), keep(method, model, tmp_path / "kept"))
@@ -71,6 +74,7 @@ def test_a_merged_model_computes_what_the_tuned_one_did(tiny_model: Path, tmp_pa
         expected = model(IDS).logits
         # Weights are rounded to bfloat16 once more: 2^-9 of each.
         torch.testing.assert_close(merged.float()(IDS).logits, expected, rtol=0.03, atol=0.06)
+    np.testing.assert_allclose(exported_logits(merged, tiny_model, tmp_path, IDS), expected, rtol=0.03, atol=0.06)
     assert (expected - untouched).abs().max() > 0.3
 
 

@@ -19,7 +19,7 @@ from qft.training.causal import CausalForward
 from qft.training.loop import fine_tuning, train
 from qft.training.lora import Lora, trainable
 from qft.training.methods import Method, Weights
-from tests.conftest import short_schedule
+from tests.conftest import exported_logits, short_schedule
 
 TOKENS = ["<note>", "<task>"]
 FORWARD = CausalForward(2)
@@ -136,28 +136,7 @@ def test_its_row_learns_and_a_merged_model_and_its_graph_say_the_same(plain: Pat
         assert (
             tmp_path / "kept/adapter_model.safetensors"
         ).stat().st_size < 200_000  # no whole table: 64 · 300 · 4 alone
-    _export_says(merged, folder, tmp_path, fed, said)
-
-
-def _export_says(merged: Any, folder: Path, tmp_path: Path, fed: torch.Tensor, said: torch.Tensor) -> None:
-    from qft.bundle.session import open_session
-    from qft.graph.export_optimum import export_float
-
-    plain, out = tmp_path / "merged", tmp_path / "onnx"
-    merged.save_pretrained(plain)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (plain / name).write_bytes((folder / name).read_bytes())
-    out.mkdir()
-    export_float(plain, out, graphs=["model"], export_task="text-generation-with-past")
-    session, _ = open_session(out / "model.onnx", threads=1, provider="cpu")
-    feed: dict[str, np.ndarray] = {"input_ids": fed.numpy(), "attention_mask": np.ones_like(fed.numpy())}
-    for entry in session.get_inputs():
-        if entry.name == "position_ids":
-            feed[entry.name] = np.tile(np.arange(fed.shape[1]), (len(fed), 1))
-        elif entry.name.startswith("past"):
-            feed[entry.name] = np.zeros((len(fed), entry.shape[1], 0, entry.shape[3]), np.float32)
-    (logits,) = session.run(["logits"], feed)
-    np.testing.assert_allclose(logits, said.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(exported_logits(merged, folder, tmp_path, fed), said.numpy(), rtol=1e-3, atol=1e-3)
 
 
 def test_only_its_rows_learn_beside_an_adapter_of_the_4_bit_base(tiny_model: Path, tmp_path: Path) -> None:
