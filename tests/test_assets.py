@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qft.bundle.assets import Decoder, name_provider, write_decoder_configs, write_window
+from qft.bundle.assets import Decoder, copy_tokenizer, name_provider, write_decoder_configs, write_window
 from qft.data.tokenizer import TextTokenizer
 
 
@@ -32,6 +32,28 @@ def test_genai_is_told_what_runs_the_decoder(
     name_provider(tmp_path, provider)
     config = json.loads((tmp_path / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["provider_options"] == named
+
+
+def test_genai_is_told_where_answers_end_and_how_much_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    decoder = Decoder("onnx/model_q4.onnx", ["input_ids", "attention_mask"], True, (2, 5), 3, False)
+    write_decoder_configs(tiny_model, tmp_path, decoder)
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    model, search = config["model"], config["search"]
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (0, [2, 5], 3)
+    assert model["context_length"] == search["max_length"] == 256
+    assert search["past_present_share_buffer"] is True
+    assert model["decoder"]["filename"] == "onnx/model_q4.onnx"
+    assert (model["decoder"]["num_key_value_heads"], model["decoder"]["head_size"]) == (2, 16)
+
+
+def test_a_copied_tokenizer_says_the_same_in_less(tiny_model: Path, tmp_path: Path) -> None:
+    copy_tokenizer(tiny_model, tmp_path)
+    whole, copied = ((folder / "tokenizer.json").read_text("utf-8") for folder in (tiny_model, tmp_path))
+    assert json.loads(copied) == json.loads(whole)
+    assert len(copied) < 0.7 * len(whole)
+    assert TextTokenizer.load(tmp_path).encode("great 好 acting") == TextTokenizer.load(tiny_model).encode(
+        "great 好 acting"
+    )
 
 
 def test_features_that_transformers_takes_for_granted_are_named(tiny_whisper: Path, tmp_path: Path) -> None:

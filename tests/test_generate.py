@@ -12,6 +12,7 @@ from qft.bundle.sampling import GREEDY, Sampler, Sampling, likely
 from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
+from tests.test_attention import fused_copy
 
 WAYS = [
     Sampling(temperature=0.7),
@@ -145,11 +146,16 @@ def test_the_token_that_ends_is_counted_and_says_nothing(tokenizer: TextTokenize
 
 
 @pytest.fixture(scope="module")
-def runner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
+def path(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qft.graph.export_optimum import export_float
 
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     export_float(tiny_model, path.parent, graphs=["model"], export_task="text-generation-with-past")
+    return path
+
+
+@pytest.fixture(scope="module")
+def runner(path: Path) -> OnnxRunner:
     return OnnxRunner(path, pad_id=2)
 
 
@@ -164,3 +170,19 @@ def test_reading_in_parts_and_going_on_gives_the_greedy_answer(
     assert found == expected
     assert feed.known([*prompt, *found]) == len(prompt) + len(found) - 1
     assert feed.known([1, *prompt]) == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_two_texts_begin_with_is_read_once(
+    path: Path, runner: OnnxRunner, tokenizer: TextTokenizer, fused: bool
+) -> None:
+    if fused:
+        runner = OnnxRunner(fused_copy(path), pad_id=2)
+    first = tokenizer.encode("a fine film last night with friends and a joy to watch")
+    other = [*first[:9], *tokenizer.encode("dull and slow at home")]
+    feed = Feed(runner)
+    feed.after(first)
+    assert feed.known(other) == 9
+    assert feed.known(first) == len(first) - 1  # the last one gives the logits
+    for ids in (other, first, other[:4], other):
+        np.testing.assert_allclose(feed.after(ids), Feed(runner).after(ids), rtol=1e-4, atol=1e-4)

@@ -45,6 +45,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    vocabulary = target / "tokenizer.json"
+    if vocabulary.exists():  # a line for every token, as it is saved, is more than half of the file
+        found = json.loads(vocabulary.read_text("utf-8"))
+        write_text(vocabulary, json.dumps(found, ensure_ascii=False, separators=(",", ":")))
     path = target / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
     template = settings.get("chat_template")
@@ -134,7 +138,7 @@ def genai_config(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
             "type": config["model_type"],
             "vocab_size": config["vocab_size"],
             "context_length": context,
-            "bos_token_id": config.get("bos_token_id") or decoder.pad_id,
+            "bos_token_id": decoder.pad_id if config.get("bos_token_id") is None else config["bos_token_id"],
             "eos_token_id": list(decoder.stop_ids),
             "pad_token_id": decoder.pad_id,
             "decoder": {

@@ -57,6 +57,11 @@ class Cache:
         past = self.past.changed(lambda value: np.repeat(value[:, :, :length], count, axis=0), length)
         return Cache(past, *(np.repeat(part, count, axis=0) for part in (self.mask, self.positions)))
 
+    def cut(self, length: int) -> Cache:
+        """The first tokens of one row alone."""
+        past = self.past.changed(lambda value: value[:, :, :length], length)
+        return Cache(past, self.mask[:, :length], self.positions - (self.length - length))
+
     def row(self, row: int) -> Cache:
         """One row's own."""
         length, part = self.length, slice(row, row + 1)

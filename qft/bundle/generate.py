@@ -39,9 +39,9 @@ class Feed:
         self._cache: Cache | None = None
 
     def known(self, ids: Sequence[int]) -> int:
-        """How many of `ids` need not be read again."""
-        count = len(self._read)
-        return count if self._cache is not None and count < len(ids) and list(ids[:count]) == self._read else 0
+        """How many of `ids` need not be read again: those they begin with as what was read did, and never the last."""
+        same = (ours == theirs for ours, theirs in zip(self._read, ids[:-1], strict=False))
+        return next((place for place, equal in enumerate(same) if not equal), min(len(self._read), len(ids) - 1))
 
     def after(self, ids: Sequence[int]) -> np.ndarray:
         """float32 (vocabulary,)."""
@@ -51,8 +51,10 @@ class Feed:
     def read(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Read part by part what is not known; float32 (vocabulary,) after each part."""
         place = self.known(ids)
-        if not place:
+        if place == 0:
             self.forget()
+        elif self._cache is not None and place < self._cache.length:
+            self._cache = self._cache.cut(place)
         while place < len(ids):
             part = list(ids[place : place + READ_AT_ONCE])
             if self._cache is None:
