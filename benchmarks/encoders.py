@@ -53,7 +53,7 @@ def prepare(folder: Path) -> None:
         target = find_target(f"cpu-{name}")
         grids = grids_of(target) if target.linear else None
         quantize_graph(
-            plain, folder / name / "model.onnx", GraphPlan(grids, target.accuracy_level, fuse=target.fuse), {}
+            plain, folder / name / "model.onnx", GraphPlan(grids, target.accuracy_level, fuse=target.fusions), {}
         )
     _optimize(base, plain, folder / "o3")
     tokenizer = TextTokenizer.load(base)

@@ -42,7 +42,7 @@ from qft.graph.matmulnbits import GraphPlan, quantize_graph
 from qft.measure.machine import machine, memory_bandwidth, versions
 from qft.quant.grids import Scheme, grids_of
 from qft.sources import cache_folder, fetch
-from qft.targets import find_target
+from qft.targets import FUSIONS, find_target
 
 OURS, RAW = "qft", "raw session, genai's graph"
 _ROW = 256  # tokens
@@ -64,7 +64,7 @@ def prepare(folder: Path, python: str | None) -> None:
         for name in ("fused", "plain"):
             bundle, file = aside / name, "onnx/model_q4.onnx"
             (bundle / "onnx").mkdir(parents=True)
-            plan = GraphPlan(grids, target.accuracy_level, fuse=name == "fused", positions=positions)
+            plan = GraphPlan(grids, target.accuracy_level, fuse=FUSIONS if name == "fused" else (), positions=positions)
             quantize_graph(aside / "float/model.onnx", bundle / file, plan, {})
             _describe(base, bundle, file)
         shutil.rmtree(aside / "float")

@@ -54,7 +54,9 @@ def prepare(folder: Path, base: Path) -> None:
         for name, heard in OURS.values():
             if heard == seconds:
                 target = find_target(f"cpu-{name.split('-')[0]}")
-                plan = GraphPlan(grids_of(target) if target.linear else None, target.accuracy_level, fuse=target.fuse)
+                plan = GraphPlan(
+                    grids_of(target) if target.linear else None, target.accuracy_level, fuse=target.fusions
+                )
                 (folder / name).mkdir()
                 for graph in task.graphs:
                     quantize_graph(plain / f"{graph}.onnx", folder / name / f"{graph}.onnx", plan, {})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qft.errors import InputError, Problem
 from qft.paths import shipped
 from qft.recipe_yaml import read_yaml
+
+Fusion = Literal["attention", "filling", "first_token", "biases", "products"]
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 
 
 class Weights(BaseModel):
@@ -41,13 +44,24 @@ class Target(BaseModel):
     head: Weights | None = Field(None, description="embedding and head: one array for both where they are tied")
     scale_type: Literal["float32", "float16"] = Field(description="of scales and activations")
     accuracy_level: Literal[0, 1, 2, 3, 4] = Field(0, description="of onnxruntime's MatMulNBits")
-    fuse: bool = Field(False, description="layers into onnxruntime's own operators, where they are as qft knows them")
+    fuse: bool | tuple[Fusion, ...] = Field(
+        False,
+        description="all that qft knows to fuse, or some: attention (a layer's as one operator), filling (an encoder computes nothing "
+        "for it), first_token (nor what no head over labels reads), biases (added by products), products (of equal inputs as one)",
+    )
 
     @model_validator(mode="after")
-    def _fused_in_float32(self) -> Target:
+    def _can_be_fused(self) -> Target:
         if self.fuse and self.half:
             raise ValueError("fuse needs scale_type float32: float16 graphs keep their own attention")
+        if {"filling", "first_token"} & set(self.fusions) and "attention" not in self.fusions:
+            raise ValueError("fuse: filling and first_token need attention, which tells where layers are")
         return self
+
+    @property
+    def fusions(self) -> tuple[Fusion, ...]:
+        """What is fused, by name."""
+        return FUSIONS if self.fuse is True else self.fuse or ()
 
     @property
     def half(self) -> bool:

@@ -10,12 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from pydantic import ValidationError
 
 from qft.graph.encoder import fuse_encoder
 from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
 from qft.quant.grids import Grids, Scheme
-from qft.targets import find_target
+from qft.targets import FUSIONS, Target, find_target
 
 CLOSE = 1e-5  # of the largest number: float32 sums of some hundred products, in another order
 LENGTHS = [[9], [1, 12, 5], [4, 4, 4], [2, 1]]
@@ -45,6 +46,11 @@ def made(kind: str, target: Path, task: str = "feature-extraction", **more: Any)
 @pytest.fixture(scope="module")
 def plain(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(tiny_encoder, tmp_path_factory.mktemp("bert") / "onnx")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made("bert", tmp_path_factory.mktemp("classifier"), task="text-classification", num_labels=5)
 
 
 def fused_copy(path: Path) -> tuple[int, Path]:
@@ -173,7 +179,7 @@ def test_the_float32_target_rounds_nothing(plain: Path, tmp_path: Path) -> None:
     (file,) = target.files(["model"]).values()
     assert file == "onnx/model.onnx"
     assert target.linear is None
-    plan = GraphPlan(None, target.accuracy_level, fuse=target.fuse, half=target.half)
+    plan = GraphPlan(None, target.accuracy_level, fuse=target.fusions, half=target.half)
     assert quantize_graph(plain, tmp_path / "model.onnx", plan, {}) == []
     assert difference(plain, tmp_path / "model.onnx", [3, 12, 5]) < CLOSE
     assert "MultiHeadAttention" in {node.op_type for node in ir.load(tmp_path / "model.onnx").graph}
@@ -182,7 +188,7 @@ def test_the_float32_target_rounds_nothing(plain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_products_take_their_biases_with_them_and_stay_the_same(plain: Path, tmp_path: Path, symmetric: bool) -> None:
     grids = Grids(Scheme(8, 32, symmetric=symmetric), head=Scheme(8, 32))
-    for name, fuse in (("plain", False), ("fused", True)):
+    for name, fuse in (("plain", ()), ("fused", FUSIONS)):
         quantize_graph(plain, tmp_path / f"{name}.onnx", GraphPlan(grids, 0, fuse=fuse), {})
     assert difference(tmp_path / "plain.onnx", tmp_path / "fused.onnx", [3, 12, 5]) < CLOSE
     kinds = Counter(node.op_type for node in ir.load(tmp_path / "fused.onnx").graph)
@@ -197,3 +203,28 @@ def test_products_take_their_biases_with_them_and_stay_the_same(plain: Path, tmp
         sum(all(value.const_value is None for value in node.inputs) for node in kept) == 2 * 2
     )  # what goes past a part
     assert all(value.const_value is None or value.const_value.size == 1 for node in kept for value in node.inputs)
+
+
+@pytest.mark.parametrize("left_out", FUSIONS)
+def test_each_fusion_can_be_left_out(classifier: Path, tmp_path: Path, left_out: str) -> None:
+    grids, names = Grids(Scheme(8, 32), head=Scheme(8, 32)), [name for name in FUSIONS if name != left_out]
+    kinds = []
+    for name, fuse in (("all", FUSIONS), ("some", names)):
+        quantize_graph(classifier, tmp_path / f"{name}.onnx", GraphPlan(grids, 0, fuse=fuse), {})
+        kinds.append(Counter(node.op_type for node in ir.load(tmp_path / f"{name}.onnx").graph))
+    sessions = [ort.InferenceSession(tmp_path / f"{name}.onnx") for name in ("all", "some")]
+    feed = rows_of([3, 12, 5], sessions[0])
+    whole, without = (session.run(None, feed)[0] for session in sessions)
+    assert abs(whole - without).max() < CLOSE * abs(whole).max()
+    assert kinds[0] != kinds[1]
+
+
+def test_a_profile_may_name_what_is_fused() -> None:
+    given = {"name": "mine", "suffix": "q8", "scale_type": "float32"}
+    assert Target(**given, fuse=["attention", "biases"]).fusions == ("attention", "biases")
+    assert Target(**given, fuse=True).fusions == FUSIONS
+    assert Target(**given).fusions == ()
+    with pytest.raises(ValidationError, match="need attention"):
+        Target(**given, fuse=["filling"])
+    with pytest.raises(ValidationError):
+        Target(**given, fuse=["attenton"])

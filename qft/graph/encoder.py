@@ -50,8 +50,11 @@ class _Layer:
     heads: int
 
 
-def fuse_encoder(model: ir.Model) -> int:
-    """Fuse every layer, or none, in place; returns how many."""
+def fuse_encoder(model: ir.Model, *, filling: bool = True, first_token: bool = True) -> int:
+    """Fuse every layer, or none, in place; returns how many.
+
+    filling, first_token: whether what is not read is left out as well.
+    """
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     IdentityEliminationPass()(model)  # the exporter writes equal weights once, and gives them other names by these
     graph = model.graph
@@ -73,8 +76,9 @@ def fuse_encoder(model: ir.Model) -> int:
         graph.insert_before(before, node)
         give_instead(layer.output, node.outputs[0])
     drop_unused(graph)
-    keep_first_token(graph, layers[-1].source)
-    if mask is not None:
+    if first_token:
+        keep_first_token(graph, layers[-1].source)
+    if filling and mask is not None:
         leave_out_filling(graph, mask, layers[0].source)
     model.opset_imports[MICROSOFT] = 1
     return len(layers)

@@ -7,6 +7,7 @@ Then holds: every constant two-dimensional MatMul is a MatMulNBits; embedding an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,13 @@ from qft.quant.grids import Grids, Quantized, Scheme, dequantize, pack, quantize
 class GraphPlan:
     """What a deployment profile asks of the graph: the grids of its weights (None: kept in float), and of the kernel.
 
-    fuse: layers into onnxruntime's own operators, where they are as qft knows them. positions: the longest text that a decoder was
-    made for. half: activations are float16, and weights that are on no grid.
+    fuse: those of `qft.targets.FUSIONS` that are done, where layers are as qft knows them. positions: the longest text that a decoder
+    was made for. half: activations are float16, and weights that are on no grid.
     """
 
     grids: Grids | None
     accuracy_level: int
-    fuse: bool = False
+    fuse: Collection[str] = ()
     positions: int = 0
     half: bool = False
 
@@ -62,15 +63,17 @@ def quantize_graph(
     for a folded matrix.
     """
     model = infer_types(ir.load(source)) if plan.half else ir.load(source)
-    fused = plan.fuse and (fuse_attention(model, positions=plan.positions) or fuse_encoder(model))
+    if "attention" in plan.fuse and not fuse_attention(model, positions=plan.positions):
+        fuse_encoder(model, filling="filling" in plan.fuse, first_token="first_token" in plan.fuse)
     done: list[QuantizedTensor] = []
     if plan.grids is not None:
         done = _put_on_grids(model.graph, plan, plan.grids, folded, on_progress)
         if not done:
             raise StageError(f"{source.name} holds no constant MatMul to quantize")
         model.opset_imports[MICROSOFT] = 1
-    if fused:
+    if "biases" in plan.fuse:
         merge_biases(model.graph)
+    if "products" in plan.fuse:
         merge_products(model.graph)
     if plan.half:
         to_half(model)

@@ -30,7 +30,7 @@ def without_kernel(target: Target, operators: Iterable[str]) -> list[str]:
 
 def written(target: Target) -> list[str]:
     """onnxruntime's own operators that a target's profile asks for, whatever the model."""
-    fused = ["GroupQueryAttention"] if target.fuse else []
+    fused = ["GroupQueryAttention"] if "attention" in target.fusions else []
     found = ["MatMulNBits"] * bool(target.linear) + ["GatherBlockQuantized"] * bool(target.head) + fused
     return [_MICROSOFT + name for name in found]
 

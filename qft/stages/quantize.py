@@ -99,7 +99,7 @@ def _ship(job: Job, target: Target) -> TargetFacts:
                 GraphPlan(
                     grids_of(target) if target.linear else None,
                     target.accuracy_level,
-                    fuse=target.fuse,
+                    fuse=target.fusions,
                     positions=_positions(job),
                     half=target.half,
                 ),
