@@ -297,6 +297,23 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[-1] < 1e-3 * SCHEDULE.learning_rate
 
 
+def test_what_was_tuned_on_a_card_is_folded_on_the_processor(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate keeps one device for all of a process, here another than the processor, and refuses to change it."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    Accelerator(cpu=True)
+    for kept in (PartialState, AcceleratorState):
+        monkeypatch.setitem(kept._shared_state, "device", torch.device("meta"))
+    with pytest.raises(ValueError, match="cannot be changed"):
+        Accelerator(cpu=True)
+    result = train(tuned(tiny_model, base="none"), rows(8), rows(4), SCHEDULE, TUNING, folder=tmp_path,
+                   metrics=tmp_path / "m.jsonl", plan="p")  # fmt: skip
+    assert result.steps == 2
+
+
 def test_training_leaves_no_thread_and_no_signal_handler(tiny_model: Path, tmp_path: Path) -> None:
     before, handler = threading.active_count(), signal.getsignal(signal.SIGINT)
     train(

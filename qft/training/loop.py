@@ -205,11 +205,8 @@ class Run:
         optimizer: str,
         loss_scaling: bool,
     ) -> None:
-        from accelerate import Accelerator
-
         self.model, self.rows, self.validation = model, rows, validation
         self.schedule, self.objective = schedule, objective
-        self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         self.parameters = trainable(model)
         self.optimizer = _optimizer(optimizer)(
             self.parameters.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
@@ -271,10 +268,10 @@ class Run:
         targets = sum(row.targets for row in rows)
         for start in range(0, len(rows), micro):
             loss = self.objective.loss_of(self.model, rows[start : start + micro]) / targets
-            self.accelerator.backward(self.scaler.scale(loss))
+            self.scaler.scale(loss).backward()
             total += loss.item()
         self.scaler.unscale_(self.optimizer)
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.schedule.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

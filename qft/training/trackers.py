@@ -36,7 +36,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """What is told of every step. They start with the first one, when accelerate knows the device."""
+    """What is told of every step. They start with the first one."""
 
     def __init__(self, names: Sequence[str], run: str, folder: Path, keys: Mapping[str, Any]) -> None:
         """run: its name. folder: where those write that keep files. keys: of the recipe, dotted."""
@@ -59,8 +59,10 @@ class Trackers:
             tracker.finish()
 
     def _start(self, name: str) -> Any:
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState(cpu=True)  # tells which of several processes this is; what is trained on is the model's affair
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(self._run, self._folder) if kind.requires_logging_directory else kind(self._run)
         tracker.start()
