@@ -23,6 +23,7 @@ from qft.base_model import load
 from qft.data.encode import Encoded, shared_prefix
 from qft.errors import Interrupted, StageError
 from qft.training.causal import CausalForward
+from qft.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from qft.training.loop import fine_tuning, learning_rate_at, plan_batches, train
 from qft.training.lora import Lora, trainable
 from qft.training.watch import Watch
@@ -208,6 +209,33 @@ def test_a_checkpoint_of_another_optimizer_is_not_used(tiny_model: Path, tmp_pat
         result = train(tuned(tiny_model, r=64), rows(8), rows(4, seed=9), SCHEDULE, TUNING, folder=tmp_path,
                        metrics=tmp_path / "m.jsonl", plan="p", optimizer=optimizer)  # fmt: skip
         assert result.resumed_from_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_run_that_goes_on_has_its_optimizers_state_where_bitsandbytes_would_page_it(tmp_path: Path) -> None:
+    """Pages that leave a card are a card's: here it is looked at whether the state lies in what bitsandbytes gave out."""
+    rooms: list[torch.Tensor] = []
+
+    class Paged(bitsandbytes.optim.PagedAdamW8bit):  # type: ignore[misc]
+        def get_state_buffer(self, p: Any, dtype: torch.dtype = torch.float32) -> Any:
+            rooms.append(super().get_state_buffer(p, dtype=dtype))
+            return rooms[-1]
+
+    parameters = {"large": torch.nn.Parameter(torch.ones(64, 128)), "small": torch.nn.Parameter(torch.ones(8))}
+    before, after = (Paged(parameters.values(), lr=1e-3) for _ in range(2))
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape)
+    before.step()
+    save_checkpoint(tmp_path / "last", parameters, before, Position(1, 1, 1.0, 1.0, 1), "p")
+    rooms.clear()
+    assert load_checkpoint(tmp_path / "last", parameters, after, "p") == Position(1, 1, 1.0, 1.0, 1)
+    kept = [after.state[p][key] for p in parameters.values() for key in ("state1", "state2")]
+    assert [kind.dtype for kind in kept] == [torch.uint8, torch.uint8, torch.float32, torch.float32]
+    assert {id(tensor) for tensor in kept} == {id(room) for room in rooms}
+    for parameter in parameters.values():
+        for key, value in before.state[parameter].items():
+            found = after.state[parameter][key]
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
 
 
 def test_float16_learns_what_float32_does_only_with_the_loss_scaled(tiny_model: Path, tmp_path: Path) -> None:

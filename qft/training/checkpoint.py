@@ -65,15 +65,20 @@ def load_checkpoint(
         parameter.data.copy_(tensors[f"parameter.{name}"])
         state = {key: tensors[f"{key}.{name}"] for key in _STATE if f"{key}.{name}" in tensors}
         if state:
-            optimizer.state[parameter] = {key: _put_back(key, v, parameter) for key, v in state.items()}
+            optimizer.state[parameter] = {key: _put_back(key, v, parameter, optimizer) for key, v in state.items()}
     torch.set_rng_state(tensors["rng"])
     return Position(**json.loads(meta["position"]))
 
 
-def _put_back(key: str, value: Tensor, parameter: Tensor) -> Any:
-    """bitsandbytes counts steps in an int, torch in a tensor that stays on the processor."""
+def _put_back(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Any:
+    """bitsandbytes counts steps in an int, torch in a tensor that stays on the processor.
+
+    bitsandbytes makes its own room for the averages: a paged optimizer's, which may leave the card, is no plain tensor.
+    """
     if key == "step":
         return value if value.is_floating_point() else int(value)
+    if key in ("state1", "state2"):
+        return optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
     return value.to(parameter.device)
 
 
