@@ -165,6 +165,7 @@ def load(
         else:
             model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
+    _multiply_in(model, dtype)
     if base != "none":
         _let_go_of_the_file(model)
         return model
@@ -279,6 +280,13 @@ def keep_quantized_weights_unpacked(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _multiply_in(model: Any, dtype: Any) -> None:
+    """4-bit layers of a checkpoint that is quantized already would multiply in the type that whoever made it named."""
+    for module in model.modules():
+        if hasattr(module, "compute_type_is_set"):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def _let_go_of_the_file(model: Any) -> None:

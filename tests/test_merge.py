@@ -104,6 +104,21 @@ def test_layers_that_are_skipped_stay_float_in_the_base_and_in_the_merge(tiny_mo
         torch.testing.assert_close(said, model(IDS).logits, atol=2e-4, rtol=1e-3)
 
 
+def test_a_checkpoint_that_is_in_4_bits_already_multiplies_in_the_type_that_is_asked_for(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Cards before 8.0 have no fast bfloat16, which most such checkpoints name."""
+    load(tiny_model, base="nf4", double_quant=True, compute_dtype="bfloat16").save_pretrained(tmp_path)
+    model = load(tmp_path, base="nf4", double_quant=True, compute_dtype="float16")
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    for layer in layers:
+        # a layer turns its bias into the type that it multiplies in
+        layer.bias = torch.nn.Parameter(torch.zeros(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
+    with torch.no_grad():
+        assert model(IDS).logits.dtype == torch.float16
+    assert {layer.bias.dtype for layer in layers} == {torch.float16}
+
+
 def test_a_checkpoint_that_is_in_4_bits_already_is_tuned_and_merged(tiny_model: Path, tmp_path: Path) -> None:
     """As `…-bnb-4bit` on the hub, here made by save_pretrained."""
     packed, adapter = tmp_path / "packed", tmp_path / "adapter"
