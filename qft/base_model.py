@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qft.base_bits import (
+    codes_held_as,
+    dequantized,
+    keep_quantized_weights_unpacked,
+    let_go_of_the_file,
+    multiply_in,
+    turn_the_rest,
+)
 from qft.base_ctranslate2 import convert_whisper, is_ctranslate2
 from qft.base_gguf import CONVERSION, convert_gguf
 from qft.device import attention, compute_type
 from qft.errors import InputError
 from qft.files import exclusive
-from qft.libraries import freed_at_once, import_transformers, return_memory
+from qft.libraries import freed_at_once, import_transformers
 from qft.progress import OnProgress, Progress, silent
 from qft.sources import Source
 
@@ -120,6 +128,7 @@ def load(
     base: str,
     double_quant: bool,
     compute_dtype: str,
+    storage_dtype: str = "uint8",
     skip_modules: Sequence[str] = (),
     longest: int | None = None,
     device: str = "cpu",
@@ -132,14 +141,18 @@ def load(
     base: nf4, fp4 (bitsandbytes 4-bit linear layers), int8 (its LLM.int8) or none (compute_dtype). A checkpoint that is
     quantized already stays as it is, unless base is none.
     compute_dtype: a torch type's name, or auto (see `qft.device.compute_type`).
+    storage_dtype: a torch type's name: what 4-bit codes lie in memory as.
     skip_modules: layers that stay float in a quantized base.
     longest: tokens of the longest row it will be fed, None if that is not known.
     """
     import_transformers()
+    import torch
     import transformers
 
     dtype = compute_type(compute_dtype, device)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    held = codes_held_as(read_config(folder))
+    read_as = getattr(torch, held) if held else dtype
+    options: dict[str, Any] = {"dtype": read_as, "use_safetensors": True, "local_files_only": True}
     if attention(device, longest) == "eager":
         options["attn_implementation"] = "eager"
     if base != "none":
@@ -153,6 +166,7 @@ def load(
                 bnb_4bit_quant_type="nf4" if base == "int8" else base,
                 bnb_4bit_use_double_quant=double_quant,
                 bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_storage=storage_dtype,
                 llm_int8_skip_modules=skipped if skip_modules or head else None,
             )
     model: Any
@@ -165,11 +179,13 @@ def load(
         else:
             model = _load_classifier(folder, head, options)
     keep_quantized_weights_unpacked(model)
-    _multiply_in(model, dtype)
+    multiply_in(model, dtype)
+    if held:
+        turn_the_rest(model, read_as, dtype)
     if base != "none":
-        _let_go_of_the_file(model)
+        let_go_of_the_file(model)
         return model
-    return (model.dequantize() if is_quantized(folder) else model).to(device)
+    return (dequantized(model, dtype) if is_quantized(folder) else model).to(device)
 
 
 def _load_classifier(folder: Path, head: LabelHead, options: dict[str, Any]) -> Any:
@@ -269,34 +285,6 @@ def own_type(folder: Path) -> str:
     """float32 if that is what the checkpoint's weights are held in, else bfloat16: what they are merged into."""
     config = read_config(folder)
     return "float32" if (config.get("dtype") or config.get("torch_dtype")) == "float32" else "bfloat16"
-
-
-def keep_quantized_weights_unpacked(model: Any) -> None:
-    """Stop bitsandbytes from repacking NF4 weights in place at the first no-grad eval() forward.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 does so; from then on the input gradient of the layer is None and
-    `dequantize_4bit` returns noise (bitsandbytes#2078 is related).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _multiply_in(model: Any, dtype: Any) -> None:
-    """4-bit layers of a checkpoint that is quantized already would multiply in the type that whoever made it named."""
-    for module in model.modules():
-        if hasattr(module, "compute_type_is_set"):
-            module.compute_dtype, module.compute_type_is_set = dtype, True
-
-
-def _let_go_of_the_file(model: Any) -> None:
-    """Copy what a quantized model keeps as it was: one such weight keeps all of the file's pages that were read in memory."""
-    import torch
-
-    for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter and parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
-    return_memory()
 
 
 def make_head_input_contiguous(model: Any) -> None:

@@ -51,16 +51,16 @@ class ModelSize:
         """Out of a checkpoint's config.json and the headers of its safetensors; no weight is read."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         tensors = [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in _header(path)]
-        linear = [shape for name, kind, shape in tensors if _is_linear(name, kind, shape)]
+        linear = [(kind, shape) for name, kind, shape in tensors if _is_linear(name, kind, shape)]
         whole = sum(math.prod(s) for name, kind, s in tensors if kind in _FLOATS and not _of_quantization(name))
-        matrices = [_unpacked(shape) for shape in linear]
-        packed = any(shape[-1] == 1 for shape in linear)
+        matrices = [_unpacked(shape) for _, shape in linear]
         counted = [m[0] * m[1] for m in matrices]
+        floats = sum(math.prod(shape) for kind, shape in linear if kind in _FLOATS)
         text = config.get("text_config") or config
         hidden = _first(text, "hidden_size", "d_model", "n_embd", "dim")
         return cls(
             linear_weights=sum(counted),
-            other_weights=whole if packed else whole - sum(counted),
+            other_weights=whole - floats,
             linear_sides=sum(map(sum, matrices)),
             largest_linear=max(counted, default=0),
             layers=_first(text, "num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
@@ -131,14 +131,20 @@ def activation_bytes(size: ModelSize, tuning: Tuning) -> int:
     return kept + tokens * size.vocabulary * (2 + 4 + 4)
 
 
-_FLOATS = {"F32", "F16", "BF16"}
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes
 
 
 def _header(path: Path) -> Iterator[tuple[str, str, list[int]]]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length))
-    yield from ((name, t["dtype"], t["shape"]) for name, t in header.items() if name != "__metadata__")
+    yield from (_as_codes(name, t["dtype"], t["shape"]) for name, t in header.items() if name != "__metadata__")
+
+
+def _as_codes(name: str, kind: str, shape: list[int]) -> tuple[str, str, list[int]]:
+    """bitsandbytes may hold its column of 4-bit codes as if they were floats (bnb_4bit_quant_storage)."""
+    held = kind in _FLOATS and name.endswith("weight") and shape[1:] == [1]
+    return (name, "U8", [shape[0] * _FLOATS[kind], 1]) if held else (name, kind, shape)
 
 
 def _is_linear(name: str, kind: str, shape: list[int]) -> bool:

@@ -113,6 +113,11 @@ class QuantizationKeys(Section):
         description="type of the matrix products; auto: bfloat16 where this machine multiplies it fast, on older cards "
         "float16, with the loss scaled",
     )
+    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8",
+        description="type that 4-bit codes lie in memory as (bitsandbytes' quant_storage): changes no result; for those who share a "
+        "base between cards, which want all of it in one type",
+    )
     grid: Literal["int4", "none"] = Field(
         "int4",
         description="fold the tuned model onto the 4-bit grid that ships, by learning; none rounds to nearest",

@@ -66,6 +66,7 @@ _OTHER_WORDS = {
     "quantization_bit": "quantization.base",
     "bnb_4bit_use_double_quant": "quantization.double_quant",
     "bnb_4bit_compute_dtype": "quantization.compute_dtype",
+    "bnb_4bit_quant_storage": "quantization.storage_dtype",
     "doc_stride": "question_answering.stride",
     "max_answer_length": "question_answering.longest_answer",
     "null_score_diff_threshold": "question_answering.no_answer_margin",

@@ -297,10 +297,13 @@ def test_sizes_out_of_headers_are_those_of_the_model_on_meta(
         assert (size.hidden, size.layers) == (64, 4 if kind.endswith("Seq2Seq") else 2)
 
 
-def test_a_checkpoint_that_is_in_4_bits_already_has_the_sizes_of_the_one_it_was_made_of(
-    tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("base", "storage"), [("nf4", "uint8"), ("fp4", "bfloat16"), ("int8", "uint8")])
+def test_a_checkpoint_that_is_in_few_bits_already_has_the_sizes_of_the_one_it_was_made_of(
+    base: str, storage: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32").save_pretrained(tmp_path)
+    load(tiny_model, base=base, double_quant=True, compute_dtype="float32", storage_dtype=storage).save_pretrained(
+        tmp_path
+    )
     plain, packed = ModelSize.of(tiny_model), ModelSize.of(tmp_path)
     assert packed.other_weights == plain.other_weights
     assert packed.linear_weights == pytest.approx(

@@ -42,6 +42,7 @@ LEVELS = [
         "device",
         "sources",
         "sources_pypi",
+        "base_bits",
         "base_ctranslate2",
         "base_encoder",
         "base_gguf",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qft.base_model import load
-from qft.stages.merge import choose
+from qft.stages.merge import choose, ways
 from qft.training.forward import Validation
 from qft.training.lora import Lora, round_base, trainable
 
@@ -35,6 +35,13 @@ def test_one_row_tells_nothing_and_one_way_is_taken() -> None:
     assert choose({"16-bit base": high}) == "16-bit base"
 
 
+def test_a_checkpoint_that_is_in_few_bits_already_is_merged_once() -> None:
+    """There are no other weights that an adapter could be merged into."""
+    assert ways("nf4") == ["dequantized 4-bit base", "16-bit base"]
+    assert ways("nf4", packed=True) == ["dequantized 4-bit base"]
+    assert ways("none") == ways("none", packed=True) == ["16-bit base"]
+
+
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -52,7 +59,7 @@ def tiny_gpt2(tmp_path: Path) -> Path:
 def tuned(folder: Path, base: str, **how: Any) -> Any:
     """With an adapter that says something."""
     model = Lora(r=4, alpha=8, seed=0).attach(
-        load(folder, base=base, double_quant=True, compute_dtype="float32", **how)
+        load(folder, base=base, **{"double_quant": True, "compute_dtype": "float32", **how})
     )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainable(model).items():
@@ -64,31 +71,38 @@ def tuned(folder: Path, base: str, **how: Any) -> Any:
 def merged(folder: Path, adapter: Path, base: str, **how: Any) -> Any:
     model = load(folder, base="none", double_quant=True, compute_dtype="float32")
     if base != "none":
-        round_base(model, base=base, double_quant=True, **how)
+        round_base(model, base=base, **{"double_quant": True, **how})
     return Lora(r=4, alpha=8, seed=0).merge(model, adapter)
 
 
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_gpt2"])
-@pytest.mark.parametrize("base", ["nf4", "fp4", "none"])
+@pytest.mark.parametrize(("base", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("none", True)])
 def test_the_dequantized_base_with_the_adapter_is_the_tuned_model(
-    kind: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str, base: str, double_quant: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    model = tuned(folder, base)
+    model = tuned(folder, base, double_quant=double_quant)
+    held = [m.weight.quant_state for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert all((state.quant_type, state.nested) == (base, double_quant) for state in held)
     names = {type(m).__name__ for n, m in model.named_modules() if n.endswith("base_layer")}
     assert names == {"Linear4bit" if base != "none" else "Linear" if kind == "tiny_model" else "Conv1D"}
     Lora(r=4, alpha=8, seed=0).save(model, tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(merged(folder, tmp_path, base)(IDS).logits, model(IDS).logits, atol=2e-4, rtol=1e-3)
+        said = merged(folder, tmp_path, base, double_quant=double_quant)(IDS).logits
+        torch.testing.assert_close(said, model(IDS).logits, atol=2e-4, rtol=1e-3)
 
 
-def test_an_int8_base_is_merged_to_within_its_rounding_of_activations(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_gpt2"])
+def test_an_int8_base_is_merged_to_within_its_rounding_of_activations(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """LLM.int8 rounds inputs to 8 bits as well, a scale a row: about 1 % of a product, which no merged weight can hold."""
-    model = tuned(tiny_model, "int8")
+    folder = request.getfixturevalue(kind)
+    model = tuned(folder, "int8")
     assert {type(m).__name__ for n, m in model.named_modules() if n.endswith("base_layer")} == {"Linear8bitLt"}
     Lora(r=4, alpha=8, seed=0).save(model, tmp_path)
     with torch.no_grad():
-        said, expected = merged(tiny_model, tmp_path, "int8")(IDS).logits, model(IDS).logits
+        said, expected = merged(folder, tmp_path, "int8")(IDS).logits, model(IDS).logits
     assert (said - expected).norm() / expected.norm() < 0.05
 
 
@@ -119,11 +133,33 @@ def test_a_checkpoint_that_is_in_4_bits_already_multiplies_in_the_type_that_is_a
     assert {layer.bias.dtype for layer in layers} == {torch.float16}
 
 
-def test_a_checkpoint_that_is_in_4_bits_already_is_tuned_and_merged(tiny_model: Path, tmp_path: Path) -> None:
-    """As `…-bnb-4bit` on the hub, here made by save_pretrained."""
-    packed, adapter = tmp_path / "packed", tmp_path / "adapter"
-    load(tiny_model, base="nf4", double_quant=True, compute_dtype="float32").save_pretrained(packed)
-    model = tuned(packed, "nf4")
+@pytest.mark.parametrize(
+    ("kind", "base", "storage"),
+    [
+        ("tiny_model", "nf4", "uint8"),
+        ("tiny_model", "fp4", "bfloat16"),
+        ("tiny_model", "int8", "uint8"),
+        ("tiny_gpt2", "nf4", "uint8"),
+        ("tiny_gpt2", "int8", "uint8"),
+    ],
+)
+def test_a_checkpoint_that_is_in_few_bits_already_is_tuned_and_merged(
+    kind: str, base: str, storage: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """As `…-bnb-4bit` on the hub, here made by save_pretrained. What is merged opens as a plain model of its class."""
+    packed, adapter, plain = tmp_path / "packed", tmp_path / "adapter", tmp_path / "plain"
+    load(request.getfixturevalue(kind), base=base, double_quant=True, compute_dtype="float32",
+         storage_dtype=storage).save_pretrained(packed)  # fmt: skip
+    model = tuned(packed, base)
+    held = {m.weight.dtype for n, m in model.named_modules() if n.endswith("base_layer")}
+    assert held == {torch.int8 if base == "int8" else getattr(torch, storage)}
     Lora(r=4, alpha=8, seed=0).save(model, adapter)
+    merged(packed, adapter, "none").save_pretrained(plain)
+    opened = load(plain, base="none", double_quant=True, compute_dtype="float32")
+    assert {p.dtype for p in opened.parameters()} == {torch.float32}
     with torch.no_grad():
-        torch.testing.assert_close(merged(packed, adapter, "none")(IDS).logits, model(IDS).logits, atol=2e-4, rtol=1e-3)
+        said, expected = opened(IDS).logits, model(IDS).logits
+    if base == "int8":
+        assert (said - expected).norm() / expected.norm() < 0.05
+    else:
+        torch.testing.assert_close(said, expected, atol=2e-4, rtol=1e-3)

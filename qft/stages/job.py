@@ -172,6 +172,7 @@ class Job:
             device=device,
             skip_modules=self.recipe.quantization.skip_modules or (),
             double_quant=self.recipe.quantization.double_quant,
+            storage_dtype=self.recipe.quantization.storage_dtype,
             compute_dtype=dtype or self.recipe.quantization.compute_dtype,
             longest=self.recipe.training.max_length,
         )

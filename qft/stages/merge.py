@@ -57,7 +57,7 @@ def run(job: Job) -> Facts:
     """Merge both ways, choose by the loss on the validation rows, even out the chosen one and measure it on the test rows."""
     import torch
 
-    from qft.base_model import own_type
+    from qft.base_model import is_quantized, own_type
     from qft.data.tokenizer import TextTokenizer
     from qft.device import compute_type
     from qft.quant.smooth import even_out
@@ -66,7 +66,8 @@ def run(job: Job) -> Facts:
     tokenizer = TextTokenizer.load(folder)
     forward, validation = task.forward(tokenizer), job.rows("validation")
     dtype = compute_type(recipe.quantization.compute_dtype)
-    models = {way: _merged(job, tokenizer, way).to(dtype) for way in ways(recipe.quantization.base)}
+    there = ways(recipe.quantization.base, packed=is_quantized(folder))
+    models = {way: _merged(job, tokenizer, way).to(dtype) for way in there}
     found = {way: forward.validate(model, validation, recipe.evaluation.batch_size) for way, model in models.items()}
     chosen = choose(found)
     best = models[chosen]
@@ -99,9 +100,11 @@ def choose(found: Mapping[Way, Validation]) -> Way:
     return "16-bit base" if better else "dequantized 4-bit base"
 
 
-def ways(base: str) -> list[Way]:
-    """Those there are for a base precision, `quantization.base`."""
-    return ["16-bit base"] if base == "none" else ["dequantized 4-bit base", "16-bit base"]
+def ways(base: str, *, packed: bool = False) -> list[Way]:
+    """Those there are for a base precision, `quantization.base`. packed: the checkpoint has no 16-bit weights to merge into."""
+    if base == "none":
+        return ["16-bit base"]
+    return ["dequantized 4-bit base"] if packed else ["dequantized 4-bit base", "16-bit base"]
 
 
 def _save(model: Any, base: Path, target: Path) -> None:
