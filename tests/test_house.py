@@ -121,7 +121,9 @@ def test_files_can_be_held_in_the_head_and_public_things_are_explained(path: Pat
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [*modules(), *sorted((ROOT / "benchmarks/gpu").glob("*.py"))], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_a_device_is_an_argument(path: Path) -> None:
     calls = [n.func for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
     assert not [c.lineno for c in calls if isinstance(c, ast.Attribute) and c.attr == "cuda"], (

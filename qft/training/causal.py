@@ -127,12 +127,17 @@ class CausalForward:
         """float32 (targets, vocabulary) and int64 (targets,): what is said where a token is in the loss, and that token."""
         keep = min(max(len(r.input_ids) - r.first_target for r in rows) + 1, max(len(r.input_ids) for r in rows))
         fed = prefill(model, [r.input_ids for r in rows], self.pad_id, keep=keep)
-        keep = fed.logits.shape[1]
-        flags = torch.tensor(
-            [[False] * (keep - len(r.in_loss)) + list(r.in_loss[-keep:]) for r in rows], device=fed.ids.device
-        )
-        chosen = flags[:, 1:]
-        return fed.logits[:, :-1][chosen].float(), fed.ids[:, -keep:][:, 1:][chosen]
+        keep, device = fed.logits.shape[1], fed.logits.device
+        # Numbers, where a mask would make a card stop and count.
+        numbers, places, tokens = torch.tensor(
+            [
+                (number, keep - len(row.input_ids) + place - 1, row.input_ids[place])
+                for number, row in enumerate(rows)
+                for place, wanted in enumerate(row.in_loss)
+                if wanted
+            ]
+        ).T.to(device)
+        return fed.logits[numbers, places].float(), tokens
 
     def _all_logits(self, model: Any, rows: Sequence[Encoded]) -> list[Tensor]:
         """(tokens, vocabulary) of each row."""

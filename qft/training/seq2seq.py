@@ -102,11 +102,12 @@ class Seq2SeqForward:
         width = max(map(len, fed))
         # Rows are filled up on the right, where a causal decoder never looks from.
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in fed], device=model.device)
-        places = torch.arange(width)
-        wanted = torch.stack([(places >= row.answer_start - 1) & (places < len(row.input_ids) - 1) for row in rows])
+        spans = [range(row.answer_start - 1, len(row.input_ids) - 1) for row in rows]
+        wanted = torch.tensor([(number, place) for number, span in enumerate(spans) for place in span]).T
+        numbers, places = wanted.to(model.device)
         sources = as_tensors((reader or self.reader_of(model))([row.source for row in rows]), model)
         head = model.get_output_embeddings()
-        with head.register_forward_pre_hook(lambda _, inputs: (inputs[0][wanted.to(inputs[0].device)][None],)):
+        with head.register_forward_pre_hook(lambda _, inputs: (inputs[0][numbers, places][None],)):
             logits = model(**sources, decoder_input_ids=ids, use_cache=False).logits
         return logits[0].float()
 
