@@ -22,9 +22,12 @@ from qft.processor_memory import processor_bytes
 
 Kind = Literal["cpu", "cuda", "mps"]
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
+Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
 _BFLOAT16_FROM = (8, 0)  # Ampere; Turing (7.5) and Volta (7.0) multiply float16 alone in their tensor cores
 _FLOAT16_FROM = (7, 0)  # Pascal's laptop cards (6.1) multiply float16 at 1/64 of float32's speed
+_FLASH_FROM, _EFFICIENT_FROM = (8, 0), (5, 0)  # torch's attention, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+_CUDNN_MAJORS = (9, 10)  # where torch prefers cuDNN's attention, from cuDNN 9.15 on (the same file)
 _INT8_FROM = (7, 5)  # LLM.int8 needs Turing's int8 tensor cores, says bitsandbytes' page of installation
 _KEPT_FREE_BYTES = 300_000_000  # what the display and other programs may still take
 _WINDOWS_KEPT_FREE = 0.1  # of a card: beyond its budget Windows moves memory to the processor's, silently and slowly
@@ -120,6 +123,22 @@ def _multiply_seconds(dtype: Any) -> float:
 def attention(device: str, longest: int | None) -> Literal["eager", "sdpa"]:
     """transformers' attention. device: its kind. longest: tokens of the longest row, None if that is not known."""
     return "eager" if device == "cpu" and longest is not None and longest <= _PLAIN_ATTENTION_TOKENS else "sdpa"
+
+
+def sdpa_backend(device: Device, dtype: str, *, filled: bool) -> Kernel:
+    """The kernel that torch takes for its attention there by itself; qft asks for none. dtype: a torch type's name.
+
+    filled: whether rows are filled up to one length, which takes a mask: flash has none on a card. Heads wider than 128 may get
+    another one.
+    """
+    if device.kind != "cuda" or device.capability is None:
+        return "flash" if device.kind == "cpu" else "math"
+    if dtype != "float32" and device.capability[0] in _CUDNN_MAJORS:
+        return "cudnn"
+    if dtype != "float32" and device.capability >= _FLASH_FROM and not filled:
+        return "flash"
+    known = dtype != "bfloat16" or device.capability >= _BFLOAT16_FROM
+    return "efficient" if known and device.capability >= _EFFICIENT_FROM else "math"
 
 
 def why_not_base(device: Device, base: str) -> str | None:

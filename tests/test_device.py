@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qft.base_model import load
-from qft.device import Choices, Device, attention, choose, compute_dtype, processor, why_not_base
+from qft.device import Choices, Device, attention, choose, compute_dtype, processor, sdpa_backend, why_not_base
 from qft.device_memory import ModelSize, Tuning, activation_bytes, tuning_bytes
 from qft.errors import InputError
 from qft.processor_memory import processor_bytes
@@ -100,6 +100,41 @@ def test_a_small_card_gets_the_optimizer_in_8_bits_then_checkpointing_then_fewer
     assert checkpointing
     assert rows < 16
     assert lean(RTX_3050_WINDOWS)[2] <= rows
+
+
+@pytest.mark.parametrize(
+    ("card", "optimizer", "checkpointing", "rows", "kernels"),  # kernels: of rows of one length, and of rows filled up
+    [
+        (GTX_1650, "paged_adamw_8bit", True, 2, ("efficient", "efficient")),
+        (RTX_2060, "paged_adamw_8bit", True, 4, ("efficient", "efficient")),
+        (RTX_3050, "paged_adamw_8bit", True, 2, ("flash", "efficient")),
+        (RTX_3050_WINDOWS, "paged_adamw_8bit", True, 1, ("flash", "efficient")),
+        (RTX_4060, "paged_adamw_8bit", True, 4, ("flash", "efficient")),
+        (RTX_4090, "paged_adamw_8bit", True, 16, ("flash", "efficient")),
+        (H200, "adamw", False, 16, ("cudnn", "cudnn")),
+        (GTX_1060, "paged_adamw_8bit", True, 4, ("efficient", "efficient")),
+    ],
+    ids=lambda value: value.name if isinstance(value, Device) else None,
+)
+def test_how_each_card_tunes_a_model_of_1b(
+    card: Device, optimizer: str, checkpointing: bool, rows: int, kernels: tuple[str, str]
+) -> None:
+    """Steps of 16 rows of 512 tokens on NF4."""
+    how = chosen(card, LLAMA_1B)
+    assert (how.device, how.optimizer, how.gradient_checkpointing, how.batch_size) == (
+        "cuda", optimizer, checkpointing, rows,
+    )  # fmt: skip
+    assert attention(how.device, QLORA.tokens) == "sdpa"
+    assert tuple(sdpa_backend(card, how.dtype, filled=filled) for filled in (False, True)) == kernels
+
+
+def test_torch_takes_the_kernel_that_is_named_here() -> None:
+    """The same comparison as benchmarks/gpu makes on a card."""
+    from benchmarks.gpu.parts import Setting, attention_kernel
+
+    assert attention_kernel(Setting.of("cpu"))["passed"]
+    assert sdpa_backend(APPLE, "float32", filled=True) == "math"
+    assert sdpa_backend(cuda("Quadro M1000M", 2, (5, 0)), "bfloat16", filled=False) == "math"
 
 
 def test_windows_keeps_a_tenth_of_the_card_so_that_nothing_is_moved_out_of_it() -> None:

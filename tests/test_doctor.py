@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qft.cli.doctor import _tuned_in
+from qft.device import Device
 from qft.measure.trials import trials
 
 
@@ -56,3 +58,9 @@ def test_two_onnxruntimes_are_a_problem_whether_or_not_the_module_still_works(em
     hints = " ".join(problem["hint"] for problem in said["problems"])
     assert "pip uninstall --yes onnxruntime onnxruntime-gpu" in hints
     assert any(trial["problem"] for trial in said["trials"]) == emptied
+
+
+def test_a_card_is_named_with_what_tuning_takes_of_it() -> None:
+    card = Device("cuda", "GTX 1650", (7, 5), 4_000_000_000, 3_500_000_000, "Linux")
+    said = "GTX 1650 (cuda, compute capability 7.5), 3.5 of 4.0 GB free"
+    assert _tuned_in(card) == f"{said}, tuned in float16, attention by torch's kernel efficient"

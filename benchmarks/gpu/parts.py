@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qft.base_model import load
 from qft.data.encode import Encoded
-from qft.device import accelerator, compute_type
+from qft.device import accelerator, compute_type, processor, sdpa_backend
 from qft.device_memory import ModelSize, Tuning, tuning_bytes
 from qft.kernels.loss import HeadLoss
 from qft.libraries import quiet
@@ -27,6 +27,7 @@ from qft.training.loop import Schedule, fine_tuning, train
 from qft.training.lora import Lora, trainable
 
 _WARM_UP = 2  # steps and tokens that are not counted
+_KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # torch.nn.attention.SDPBackend
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,22 @@ def loss_kernel(setting: Setting) -> dict[str, Any]:
     return found
 
 
+def attention_kernel(setting: Setting) -> dict[str, Any]:
+    """The kernel that torch chooses for attention in each type, with and without a mask, beside the one that qft names."""
+    here = accelerator() if setting.device != "cpu" else processor()
+    assert here is not None
+    found: dict[str, Any] = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        q = torch.zeros(2, 4, 128, 64, dtype=getattr(torch, dtype), device=setting.device)
+        mask = torch.ones(2, 1, 128, 128, dtype=torch.bool, device=setting.device)
+        for filled in (False, True):
+            taken = torch._fused_sdp_choice(q, q, q, attn_mask=mask if filled else None, is_causal=not filled)
+            found[f"{dtype}{', filled' if filled else ''}"] = {
+                "taken": _KERNELS.get(taken, str(taken)), "named": sdpa_backend(here, dtype, filled=filled),
+            }  # fmt: skip
+    return {**found, "passed": all(one["taken"] == one["named"] for one in found.values())}
+
+
 def speech_of_tokens(setting: Setting) -> dict[str, Any]:
     """Prefill and decode of the model in torch, tokens a second, one row: a prompt, then one token after another."""
     with checkpoint(setting) as folder:
@@ -232,6 +249,7 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "nf4_gradients": nf4_gradients,
     "paged_optimizer": paged_optimizer,
     "loss_kernel": loss_kernel,
+    "attention_kernel": attention_kernel,
     "decode": speech_of_tokens,
     "training": training,
     "training_1b": training_1b,

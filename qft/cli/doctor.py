@@ -12,7 +12,7 @@ import psutil
 
 from qft.cli.options import shared
 from qft.console import Screen, print_json, print_line, print_table, print_tick
-from qft.device import Device, accelerator, compute_dtype
+from qft.device import Device, accelerator, compute_dtype, sdpa_backend
 from qft.errors import Problem
 from qft.known_bases import known_bases
 from qft.measure.machine import machine, memory_bandwidth, versions
@@ -70,7 +70,7 @@ def doctor_command(as_json: bool) -> None:
                 ("memory", f"{mb(here.memory_bytes)}, {mb(free_memory)} of it free; {mb(bandwidth)}/s, measured"),
                 ("disk", f"{mb(free_disk)} free where downloads are kept: {cache} ({mb(_used(cache))})"),
                 ("system", f"{here.system}, Python {here.python}"),
-                ("card", f"{card}, tuned in {compute_dtype(card)}" if card else "none that torch sees"),
+                ("card", _tuned_in(card) if card else "none that torch sees"),
                 ("onnxruntime", f"{_listed(packages) or 'not installed'}: {', '.join(providers)}"),
                 ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
             ],
@@ -85,6 +85,12 @@ def doctor_command(as_json: bool) -> None:
         print_line("\nready" if not problems else "\nnot ready:\n" + "\n".join(map(str, problems)))
     if problems:
         sys.exit(1)
+
+
+def _tuned_in(card: Device) -> str:
+    """What the card is, and what tuning will take of it."""
+    dtype = compute_dtype(card) or "float32"
+    return f"{card}, tuned in {dtype}, attention by torch's kernel {sdpa_backend(card, dtype, filled=True)}"
 
 
 def _of_trials(done: list[Trial], packages: dict[str, str]) -> list[Problem]:
