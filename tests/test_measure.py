@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qft.base_model import load
-from qft.bundle.golden import check_cases, make_cases
+from qft.bundle.golden import LEAST_POSITIONS, check_cases, make_cases
 from qft.bundle.session import OnnxRunner
 from qft.data.conversations import Call
 from qft.data.encode import Encoded, encode_all
@@ -210,6 +210,20 @@ def test_golden_cases_agree_with_their_own_runtime_and_not_with_another_model(
             return [[5] * max_new_tokens for _ in prompts]
 
     assert not check_cases(Shuffled(), cases, folder=Path(), stop_ids=(2,)).agrees
+
+
+def test_golden_cases_are_taken_until_their_positions_are_enough_to_judge_by(
+    onnx_runner: OnnxRunner, held_out: list[Encoded], tokenizer: TextTokenizer
+) -> None:
+    def made(prompts: list[tuple[int, ...]]) -> list[int]:
+        cases = make_cases(onnx_runner, prompts, tokenizer.decode, max_new_tokens=40, stop_ids=(-1,))
+        return [len(case.answer) for case in cases]
+
+    prompts = [row.prompt[:4] for row in held_out] * 10
+    assert made(prompts) == [40] * 8  # however few would do, not fewer
+    assert made([(2, 5)] * 7) == [40] * 7
+    short = make_cases(onnx_runner, prompts, tokenizer.decode, max_new_tokens=6, stop_ids=(-1,))
+    assert LEAST_POSITIONS <= sum(len(case.answer) for case in short) < LEAST_POSITIONS + 6
 
 
 def test_a_provider_that_is_absent_is_an_error_not_the_cpu(tmp_path: Path) -> None:

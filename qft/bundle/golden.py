@@ -17,6 +17,8 @@ TOP = 5
 CLEAR_MARGIN = 0.5  # where the first choice leads by more than this, every runtime must make it
 FREE_MARGIN = 1.0  # cases whose smallest margin is at least this must give equal text when run freely
 LEAST_COSINE = 0.99  # of a vector with the golden one; onnxruntime-node came within 0.999 (tests/e2e/test_search.py)
+LEAST_POSITIONS = 100  # that a share is judged on: of them two may differ, of 32 none might
+_LEAST_CASES = 8
 LEAST_AGREEMENT = 0.98  # share of all positions with the same first choice: int8 kernels differ between machines
 
 
@@ -78,9 +80,13 @@ class Agreement:
 def make_cases(
     runner: Runner, prompts: Sequence[Any], decode: Any, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[GoldenCase]:
-    """Run each prompt alone, as an app would. stop_ids: what ends a written answer; none: nothing is written (see below)."""
-    cases = []
+    """Run each prompt alone, as an app would, until there are `LEAST_POSITIONS`. stop_ids: what ends a written answer; none:
+    nothing is written (see below).
+    """
+    cases: list[GoldenCase] = []
     for prompt in prompts:
+        if len(cases) >= _LEAST_CASES and sum(len(case.answer) for case in cases) >= LEAST_POSITIONS:
+            break
         answer = runner.generate([prompt], max_new_tokens=max_new_tokens, stop_ids=stop_ids)[0]
         logits = _answer_logits(runner, prompt, answer, written=bool(stop_ids))
         order = np.argsort(-logits, axis=-1)[:, :TOP]

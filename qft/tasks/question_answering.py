@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from qft.training.read import ReaderForward, TorchReader
 
-_GOLDEN_CASES = 16  # each is two positions
+_GOLDEN_CASES = 50  # each is two positions
 _SPEED_ROWS = 32
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qft.training.classify import ClassifierForward, TorchClassifier
 
-_GOLDEN_CASES = 32  # each is one position
+_GOLDEN_CASES = 100  # each is one position
 _SPEED_ROWS = 64
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qft.training.causal import CausalForward
     from qft.training.runner import TorchRunner
 
-_GOLDEN_CASES = 8
+_GOLDEN_CASES = 32  # at most: fewer if their answers are long
 _GOLDEN_TOKENS = 24  # a golden answer is at most this long
 
 
