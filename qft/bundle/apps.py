@@ -16,8 +16,7 @@ from qft.paths import shipped
 from qft.targets import find_target
 
 _ONE_GRAPH = ("text-generation", "text-classification")
-_GENERATE = ("text-generation", "translation")
-_ANSWERS = (*_ONE_GRAPH, "question-answering", "automatic-speech-recognition", "translation")
+_ALL = (*_ONE_GRAPH, "question-answering", "automatic-speech-recognition", "translation", "sentence-similarity")
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,10 @@ class App:
 
 APPS = {
     "python": App(
-        ["python"],
-        ["python -m pip install -r requirements.txt", "python answer.py --check"],
-        (*_ONE_GRAPH, "translation"),
+        ["python"], ["python -m pip install -r requirements.txt", "python answer.py --check"], _ALL, half=True
     ),
-    "node": App(
-        ["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"], _ANSWERS, half=True
-    ),
-    "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"], _ANSWERS, half=True),
+    "node": App(["node", "javascript"], ["npm install --ignore-scripts", "node answer.mjs --check"], _ALL, half=True),
+    "web": App(["web", "javascript"], ["npm install --ignore-scripts", "npm start"], _ALL, half=True),
     "cpp": App(
         ["cpp"],
         ["cmake -B build -D ONNXRUNTIME=FOLDER", "cmake --build build", "build/answer bundle --check"],
@@ -63,13 +58,13 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
         raise InputError(
             f"the {name} app does not do {task}",
             where="--app",
-            hint=f"these do: {able}" if able else "see docs/search.md for programs that do",
+            hint=f"these do: {able}",
         )
-    if not app.half and task in _GENERATE and _is_half(bundle):
+    if not app.half and task == "text-generation" and _is_half(bundle):
         raise InputError(
             f"the {name} app does not run float16 graphs that write",
             where="--app",
-            hint="node and web do; or ship cpu-int4 (export.targets)",
+            hint="python, node and web do; or ship cpu-int4 (export.targets)",
         )
     if out.exists():
         raise InputError(f"{out} is there already", hint="name a folder that is not, or remove it")

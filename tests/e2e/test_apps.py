@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import http.client
 import json
 import os
@@ -16,16 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qft.bundle.apps import APPS
 from qft.bundle.manifest import Bundle
-from qft.files import exclusive, folder_aside
-from qft.sources import cache_folder
-from tests.conftest import BAD, GOOD
+from qft.paths import shipped
+from tests.conftest import BAD, GOOD, PLACES
+from tests.e2e.browser import chromium, npm_packages, puppeteer
 from tests.e2e.conftest import Type, type_in
 from tests.e2e.test_classifier import classified  # noqa: F401
 from tests.e2e.test_question_answering import reading  # noqa: F401
+from tests.e2e.test_search import TEXTS, searched, vectors_of  # noqa: F401
 from tests.e2e.test_speech import spoken  # noqa: F401
 from tests.e2e.test_translation import translated  # noqa: F401
 
@@ -34,9 +34,16 @@ INT4 = "runs/recipe/bundles/cpu-int4"
 JOBS = {
     "text-generation": ("finished", [f"{text} at home" for text in (*GOOD[:2], *BAD[:2])]),
     "text-classification": ("classified", [f"{text} in town" for text in (*GOOD[:2], *BAD[:2])]),
-    "question-answering": ("reading", [{"question": "where", "context": "dull and slow. a fine film last night"}]),
+    "question-answering": (
+        "reading",
+        [
+            {"question": "where", "context": "dull and slow. a fine film last night"},
+            {"question": "I loved acting", "context": " and ".join([*GOOD[:4], f"{BAD[0]} {PLACES[0]}", *GOOD[4:]])},
+        ],
+    ),
     "automatic-speech-recognition": ("spoken", ["bundle/golden/0.wav", "bundle/golden/1.wav"]),
     "translation": ("translated", ["one two three", "six"]),
+    "sentence-similarity": ("searched", [{"text": "dull", "among": [*GOOD[:2], *BAD[:3]]}]),
 }
 
 
@@ -55,10 +62,21 @@ def exported(app: str, bundle: Path, out: Path) -> Path:
 
 def predicted(bundle: Path, questions: list[Any], app: Path) -> list[dict[str, Any]]:
     """`qft predict`'s answers."""
+    if isinstance(questions[0], dict) and "among" in questions[0]:
+        return [found_among(bundle, question, app) for question in questions]
     lines = [json.dumps(q) if isinstance(q, dict) else q for q in questions]
     done = type_in(app, f"qft predict --json --bundle {bundle}", stdin="\n".join(lines))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["answers"]
+
+
+def found_among(bundle: Path, question: dict[str, Any], app: Path) -> dict[str, Any]:
+    """`qft predict`'s nearest texts with their cosines."""
+    (app / "among.txt").write_text("\n".join(question["among"]))
+    done = type_in(app, f"qft predict --json --bundle {bundle} --among among.txt", stdin=question["text"])
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)["answers"]
+    return {"near": dict(zip(answer["texts"], answer["cosines"], strict=True))}
 
 
 def answers_of(bundle: Path, questions: list[Any], app: Path) -> list[str]:
@@ -75,26 +93,14 @@ def run(folder: Path, *words: str, timeout: float = 300) -> str:
     return done.stdout
 
 
-def text_of(line: str) -> str:
-    """An answer without the probability that is printed after it."""
-    return re.sub(r"(^|  )\d+%(  unsure)?$", "", line).removesuffix("(none)")
-
-
-@functools.cache
-def npm_packages(package_json: str) -> Path:
-    """node_modules of a package.json, installed once and kept beside qft's other caches; skips where npm cannot."""
-    if not (shutil.which("npm") and shutil.which("node")):
-        pytest.skip("node and npm are not installed (apt-get install nodejs npm)")
-    folder = cache_folder() / "npm" / hashlib.sha256(package_json.encode()).hexdigest()[:12]
-    with exclusive(folder.with_suffix(".lock"), wait=True):
-        if not folder.exists():
-            with folder_aside(folder) as aside:
-                (aside / "package.json").write_text(package_json)
-                words = ["npm", "install", "--ignore-scripts", "--no-fund", "--no-audit"]
-                done = subprocess.run(words, cwd=aside, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    pytest.skip(f"npm reaches no registry: {done.stderr.strip().splitlines()[-1]}")
-    return folder / "node_modules"
+def alike(said: str, answer: dict[str, Any]) -> bool:
+    """Whether an app says what qft does: the text, after which the app may say how likely it is; or texts with their cosines."""
+    if "near" in answer:
+        lines = [line.split("  ", 1) for line in said.splitlines()]
+        near = {text: float(cosine) for cosine, text in lines}
+        falling = sorted(near.values(), reverse=True) == list(near.values())
+        return falling and near == pytest.approx(answer["near"], abs=0.011)  # two decimals, and kernels that differ
+    return re.sub(r"\s*\d+ ?%(,?\s+unsure)?$", "", said.rstrip("\n")).removesuffix("(none)") == answer["text"]
 
 
 def installed(app: Path) -> Path:
@@ -103,19 +109,23 @@ def installed(app: Path) -> Path:
     return app
 
 
+def words_of(question: Any) -> list[str]:
+    """A question as it is typed after a program's name."""
+    if not isinstance(question, dict):
+        return [question]
+    return [word for words in question.values() for word in (words if isinstance(words, list) else [words])]
+
+
 def test_python_app_computes_what_was_measured_and_answers_as_qft_does(
     asked: tuple[Path, list[Any]], tmp_path: Path
 ) -> None:
     bundle, questions = asked
-    if Bundle.load(bundle).manifest["task"] not in APPS["python"].tasks:
-        done = type_in(tmp_path, f"qft export --app python {bundle} app")
-        assert done.returncode == 2
-        assert "node, web" in done.stderr
-        return
     app = exported("python", bundle, tmp_path / "app")
-    assert json.loads(run(app, sys.executable, "answer.py", "--check"))["agrees"]
-    lines = run(app, sys.executable, "answer.py", *questions).splitlines()
-    assert [text_of(line) for line in lines] == answers_of(bundle, questions, app)
+    found = json.loads(run(app, sys.executable, "answer.py", "--check"))
+    assert found["agrees"], found
+    for question, answer in zip(questions, predicted(bundle, questions, app), strict=True):
+        said = run(app, sys.executable, "answer.py", *words_of(question))
+        assert alike(said, answer), (said, answer)
 
 
 def test_python_app_needs_onnxruntime_tokenizers_and_numpy_alone(finished: Path, tmp_path: Path) -> None:
@@ -133,10 +143,9 @@ def test_node_app_computes_what_was_measured_and_answers_as_qft_does(
     app = installed(exported("node", bundle, tmp_path / "app"))
     found = json.loads(run(app, "node", "answer.mjs", "--check"))
     assert found["agrees"], found
-    for question in questions:
-        words = question.values() if isinstance(question, dict) else [question]
-        (line,) = run(app, "node", "answer.mjs", *words).splitlines()
-        assert [text_of(line)] == answers_of(bundle, [question], app)
+    for question, answer in zip(questions, predicted(bundle, questions, app), strict=True):
+        said = run(app, "node", "answer.mjs", *words_of(question))
+        assert alike(said, answer), (said, answer)
 
 
 def test_node_pipeline_of_transformers_js_writes_what_qft_does_without_being_told_how(
@@ -156,6 +165,28 @@ def test_node_pipeline_of_transformers_js_writes_what_qft_does_without_being_tol
     assert run(app, "node", "pipeline.mjs").splitlines() == answers_of(finished / INT4, [text], app)
 
 
+def test_node_pipeline_of_transformers_js_gives_the_same_vectors(
+    searched: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The folder as it is. Both run onnxruntime's kernels, of other releases: a cosine of 0.999."""
+    (tmp_path / "bundle").symlink_to(searched / INT4)
+    shutil.copyfile(shipped("export/apps/node/package.json"), tmp_path / "package.json")
+    app = installed(tmp_path)
+    (app / "embed.mjs").write_text(
+        'import { env, pipeline } from "@huggingface/transformers";\n'
+        'env.allowRemoteModels = false; env.localModelPath = "./";\n'
+        'const embed = await pipeline("feature-extraction", "bundle");\n'
+        f'const found = await embed({json.dumps(TEXTS)}, {{ pooling: "mean", normalize: true }});\n'
+        "const whole = await embed.model(embed.tokenizer("
+        f"{json.dumps(TEXTS)}, {{ padding: true }}));\n"
+        "console.log(JSON.stringify([found.tolist(), whole.sentence_embedding.tolist()]));\n"
+    )
+    ours = vectors_of(searched)
+    for theirs in json.loads(run(app, "node", "embed.mjs")):
+        np.testing.assert_array_less(0.999, (np.array(theirs) * ours).sum(-1))
+
+
 @contextmanager
 def served(app: Path) -> Iterator[str]:
     """`npm start`, on a port that is free."""
@@ -170,13 +201,10 @@ def served(app: Path) -> Iterator[str]:
 
 def seen(app: Path, questions: list[Any], device: str, folder: Path, *, check: bool = True) -> dict[str, Any]:
     """What Chromium shows of the page: answers, and what its check says; skips where there is no Chromium."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
     shutil.copyfile(Path(__file__).parent / "page.mjs", folder / "page.mjs")
-    (folder / "node_modules").symlink_to(npm_packages('{"dependencies": {"puppeteer-core": "24.43.1"}}'))
+    (folder / "node_modules").symlink_to(puppeteer())
     forms = [fields(question, app) for question in questions]
-    given = json.dumps({"chromium": chromium, "questions": forms, "check": check})
+    given = json.dumps({"chromium": chromium(), "questions": forms, "check": check})
     with served(app) as address:
         words = ["node", "page.mjs", f"{address}/?device={device}"]
         done = subprocess.run(words, cwd=folder, input=given, capture_output=True, text=True, timeout=600, check=False)
@@ -187,7 +215,7 @@ def seen(app: Path, questions: list[Any], device: str, folder: Path, *, check: b
 def fields(question: Any, app: Path) -> dict[str, str]:
     """A question as the page's form has it."""
     if isinstance(question, dict):
-        return question
+        return {name: "\n".join(given) if isinstance(given, list) else given for name, given in question.items()}
     return {"sound": str(app / question)} if question.endswith(".wav") else {"text": question}
 
 
@@ -201,7 +229,7 @@ def test_web_page_on_wasm_computes_what_was_measured_and_speaks_to_nobody(
     assert not found["outside"]
     assert not found["errors"]
     assert found["title"] == "recipe"
-    assert found["checked"].startswith("Yes: same first choice at "), found["checked"]
+    assert found["checked"].startswith("Yes: same "), found["checked"]
     agree(found["answers"], predicted(bundle, questions, app))
 
 
@@ -211,7 +239,7 @@ def agree(shown: list[str], expected: list[dict[str, Any]]) -> None:
     assert clear
     for said, answer in zip(shown, expected, strict=True):
         if answer in clear:
-            assert re.sub(r"\s*\d+ %(, unsure)?$", "", said).removesuffix("(none)") == answer["text"]
+            assert alike(said, answer), (said, answer)
 
 
 @pytest.mark.parametrize("job", ["finished", "translated", "classified"])
@@ -301,7 +329,7 @@ def test_cpp_app_computes_what_was_measured_and_answers_as_qft_does(
         said = run(app, "build/answer", "bundle", *map(str, ids)).strip()
         if opened.writes:
             said = opened.tokenizer.decode([int(number) for number in said.split()])
-        assert [text_of(said)] == answers_of(bundle, [text], app)
+        assert alike(said, *predicted(bundle, [text], app))
 
 
 def test_java_app_is_compiled(finished: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from qft.cli.options import made_job
 from qft.measure.scores import score_of
 from qft.runfolder import RunFolder
 from qft.stages.compare import compared
+from tests.e2e.browser import chromium, npm_packages
 from tests.e2e.conftest import Type
-from tests.e2e.test_apps import npm_packages
 from tests.e2e.test_classifier import classified  # noqa: F401
 from tests.e2e.test_question_answering import reading  # noqa: F401
 from tests.e2e.test_speech import spoken  # noqa: F401
@@ -28,12 +28,9 @@ PACKAGES = '{"dependencies": {"puppeteer-core": "24.43.1", "axe-core": "4.14.1"}
 
 def looked_at(page: Path, folder: Path) -> dict[str, Any]:
     """What Chromium shows of a page from disk, at three widths, light, dark and printed."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
     shutil.copyfile(Path(__file__).parent / "axe.mjs", folder / "axe.mjs")
     (folder / "node_modules").symlink_to(npm_packages(PACKAGES))
-    given = json.dumps({"chromium": chromium})
+    given = json.dumps({"chromium": chromium()})
     done = subprocess.run(
         ["node", "axe.mjs", page], cwd=folder, input=given, capture_output=True, text=True, timeout=600, check=False
     )

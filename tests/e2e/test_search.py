@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qft.bundle.manifest import Bundle
-from qft.paths import shipped
 from tests.e2e.conftest import Type, as_json, type_in
-from tests.e2e.test_apps import installed, run
 
 INT4 = "runs/recipe/bundles/cpu-int4"
 TEXTS = ["I loved every minute in town", "dull and slow", "a fine film again"]
@@ -69,8 +66,8 @@ def test_predict_eval_and_check(searched: Path, typed: Type) -> None:
     assert len(done.stdout.splitlines()) == 3
     assert as_json(typed(searched, "qft check --json"))["agrees"]
     assert as_json(typed(searched, "qft eval --json"))["quality"]["metric"] == "recall@1"
-    assert "--app" not in (searched / INT4 / "README.md").read_text()
-    assert "--app" not in (searched / "runs/recipe/report.html").read_text()
+    assert "qft export --app web" in (searched / INT4 / "README.md").read_text()
+    assert "qft export --app web" in (searched / "runs/recipe/report.html").read_text()
     refused = typed(searched, "qft predict --labels a,b dull")
     assert refused.returncode == 2
     refused = typed(searched, "qft run recipe.yaml name=other data.prompt=query:{text}")
@@ -87,24 +84,3 @@ def test_optimum_and_sentence_transformers_read_the_folder_as_it_is(searched: Pa
     )
     assert model.max_seq_length == 32
     np.testing.assert_allclose(model.encode(TEXTS), vectors_of(searched), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.apps
-def test_node_pipeline_of_transformers_js_gives_the_same_vectors(searched: Path, tmp_path: Path) -> None:
-    """The folder as it is. Both run onnxruntime's kernels, of other releases: a cosine of 0.999."""
-    (tmp_path / "bundle").symlink_to(searched / INT4)
-    shutil.copyfile(shipped("export/apps/node/package.json"), tmp_path / "package.json")
-    app = installed(tmp_path)
-    (app / "embed.mjs").write_text(
-        'import { env, pipeline } from "@huggingface/transformers";\n'
-        'env.allowRemoteModels = false; env.localModelPath = "./";\n'
-        'const embed = await pipeline("feature-extraction", "bundle");\n'
-        f'const found = await embed({json.dumps(TEXTS)}, {{ pooling: "mean", normalize: true }});\n'
-        "const whole = await embed.model(embed.tokenizer("
-        f"{json.dumps(TEXTS)}, {{ padding: true }}));\n"
-        "console.log(JSON.stringify([found.tolist(), whole.sentence_embedding.tolist()]));\n"
-    )
-    ours = vectors_of(searched)
-    for theirs in json.loads(run(app, "node", "embed.mjs")):
-        np.testing.assert_array_less(0.999, (np.array(theirs) * ours).sum(-1))

@@ -5,6 +5,7 @@ const MODELS = {
   "translation": "AutoModelForSeq2SeqLM",
   "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
 };
+const NEAREST = 5;
 
 export class Bundle {
   // transformers: the module, which a page and Node import from different places. name: the folder, below env.localModelPath.
@@ -25,14 +26,17 @@ export class Bundle {
     Object.assign(this, { transformers, manifest, tokenizer, model, processor });
   }
 
-  // input: a text; {question, context}; or a Float32Array of sound, 16 kHz, no longer than the model's window.
-  // Gives {text}, and {probability, accepted} where the model chooses. onText is called with each piece as it is written.
+  // input: a text; {question, context}; {text, among}, the texts to search; or a Float32Array of sound, 16 kHz, no longer than
+  // the model's window. Gives {text}, and {probability, accepted} where the model chooses. onText is called with each piece as it
+  // is written.
   async answer(input, { maxNewTokens = 128, onText } = {}) {
     switch (this.manifest.task) {
       case "text-classification":
         return this.#decide(await this.logits(this.#encode(input)));
       case "question-answering":
         return this.#find(input.question, input.context);
+      case "sentence-similarity":
+        return this.#nearest(input.text, input.among);
       default:
         return { text: (await this.#write(input, maxNewTokens, onText)).trim() };
     }
@@ -75,12 +79,19 @@ export class Bundle {
     return ids.slice(known).map(Number);
   }
 
-  // The model's output for ids, and for what an encoder reads: [{data, width}], one per output, rows of `width` logits.
+  // A text's vector, Float32Array of length 1: the product of two is their cosine.
+  async embed(text) {
+    const [{ data }] = await this.forward(this.#encode(text));
+    return Float32Array.from(data);
+  }
+
+  // The model's output for ids, and for what an encoder reads: [{data, width}], one per output, rows of `width` logits or a vector.
   async forward(ids, source) {
     const encoder = source instanceof Float32Array ? await this.processor(source) : source && this.#text(source);
     const fed = encoder ? { ...encoder, decoder_input_ids: this.#tensor(ids) } : this.#text(ids);
     const output = await this.model(fed);
-    return (output.logits ? [output.logits] : [output.start_logits, output.end_logits]).map(({ data, dims }) => ({
+    const one = output.logits ?? output.sentence_embedding;
+    return (one ? [one] : [output.start_logits, output.end_logits]).map(({ data, dims }) => ({
       data,
       width: dims.at(-1),
     }));
@@ -117,6 +128,15 @@ export class Bundle {
       : 1 / sum(scaled.map((value) => Math.exp(value - scaled[best])));
     const text = several_labels ? labels.filter((_, place) => scaled[place] > 0).join(", ") : labels[best];
     return { text, probability, accepted: probability >= threshold };
+  }
+
+  // The nearest of some texts, one a line, with the cosines of their vectors.
+  async #nearest(text, among) {
+    const wanted = await this.embed(text);
+    const found = [];
+    for (const other of among) found.push({ other, cosine: cosine(wanted, await this.embed(other)) });
+    const best = found.sort((one, another) => another.cosine - one.cosine).slice(0, NEAREST);
+    return { text: best.map(({ other, cosine }) => `${cosine.toFixed(2)}  ${other}`).join("\n") };
   }
 
   // The best span of all windows of a context, or "" where none answers.
@@ -164,5 +184,8 @@ export class Bundle {
     return { ids: [...kept, ...ids.slice(1 + asked + between)], begin: kept.length };
   }
 }
+
+// Of two vectors of length 1.
+export const cosine = (one, other) => sum(Array.from(one, (value, place) => value * other[place]));
 
 const sum = (values) => values.reduce((total, value) => total + value, 0);

@@ -1,4 +1,5 @@
-// node answer.mjs "A waste of two hours."       one answer a text; sound files for speech; question and context for questions
+// node answer.mjs "A waste of two hours."       one answer a text; sound files for speech; question and context for questions;
+//                                               a text and those among which its like is searched
 // node answer.mjs --check                       is what this machine computes what was measured?
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
@@ -29,6 +30,7 @@ if (given[0] === "--check") {
 
 function inputs(words) {
   if (manifest.task === "question-answering") return [{ question: words[0], context: words[1] }];
+  if (manifest.task === "sentence-similarity") return [{ text: words[0], among: words.slice(1) }];
   if (manifest.task === "automatic-speech-recognition") return words.map((path) => readWav(readFileSync(path)));
   return words;
 }

@@ -2,12 +2,14 @@
 const SAMPLE_RATE = 16_000;
 const FIELDS = {
   "question-answering": [["question", "Question"], ["context", "Text to find the answer in"]],
+  "sentence-similarity": [["text", "Your text"], ["among", "Texts to search, one a line"]],
   "automatic-speech-recognition": [["sound", "Sound file"]],
 }; // prettier-ignore
 const PURPOSE = {
   "text-generation": "writes an answer",
   "text-classification": "chooses a label",
   "question-answering": "finds the answer in a text",
+  "sentence-similarity": "finds texts that are alike",
   "translation": "translates",
   "automatic-speech-recognition": "writes down speech",
 };
@@ -47,7 +49,8 @@ const DONE = {
     ready();
   },
   check({ agrees, agreement, positions, clearDifferences, freeCases, freeDifferences }) {
-    const found = [`same first choice at ${(100 * agreement).toFixed(1)} % of ${positions} positions`];
+    const [what, where] = task === "sentence-similarity" ? ["vector", "texts"] : ["first choice", "positions"];
+    const found = [`same ${what} at ${(100 * agreement).toFixed(1)} % of ${positions} ${where}`];
     if (clearDifferences) found.push(`${clearDifferences} of the others were clear`);
     else if (agreement < 1) found.push("the others were close");
     if (freeCases) found.push(`${freeCases - freeDifferences} of ${freeCases} answers equal`);
@@ -67,6 +70,7 @@ function field([name, title]) {
 async function input(form) {
   const given = Object.fromEntries(new FormData(form));
   if (task === "question-answering") return { input: given };
+  if (task === "sentence-similarity") return { input: { text: given.text, among: given.among.split("\n").filter((line) => line.trim()) } };
   if (task !== "automatic-speech-recognition") return { input: given.text };
   const context = new OfflineAudioContext(1, 1, SAMPLE_RATE);
   return { input: (await context.decodeAudioData(await given.sound.arrayBuffer())).getChannelData(0) };
