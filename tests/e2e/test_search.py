@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,14 @@ from tests.e2e.conftest import Type, as_json, type_in
 
 INT4 = "runs/recipe/bundles/cpu-int4"
 TEXTS = ["I loved every minute in town", "dull and slow", "a fine film again"]
+PACKAGES = ["sentence-transformers==5.1.2"]
+READ = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+settings = {"file_name": "onnx/model_q4.onnx"}
+model = SentenceTransformer(sys.argv[1], backend="onnx", model_kwargs=settings, device="cpu")
+print(json.dumps({"longest": model.max_seq_length, "vectors": model.encode(json.loads(sys.argv[2])).tolist()}))
+"""
 RECIPE = """\
 model: {model}
 task: sentence-similarity
@@ -75,12 +86,25 @@ def test_predict_eval_and_check(searched: Path, typed: Type) -> None:
 
 
 @pytest.mark.slow
-def test_optimum_and_sentence_transformers_read_the_folder_as_it_is(searched: Path) -> None:
+def test_optimum_and_sentence_transformers_read_the_folder_as_it_is(searched: Path, tmp_path: Path) -> None:
     """Of float32 sums in another order: 1e-5."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    settings = {"file_name": "onnx/model_q4.onnx"}
-    model = sentence_transformers.SentenceTransformer(
-        str(searched / INT4), backend="onnx", model_kwargs=settings, device="cpu"
-    )
-    assert model.max_seq_length == 32
-    np.testing.assert_allclose(model.encode(TEXTS), vectors_of(searched), atol=1e-5)
+    from optimum.onnxruntime import ORTModelForFeatureExtraction
+    from transformers import AutoTokenizer
+
+    fed = AutoTokenizer.from_pretrained(searched / INT4)(TEXTS, padding=True, return_tensors="pt")
+    model = ORTModelForFeatureExtraction.from_pretrained(searched / INT4, subfolder="onnx", file_name="model_q4.onnx")
+    states, mask = model(**fed).last_hidden_state.numpy(), fed["attention_mask"].numpy()[..., None]
+    means = (states * mask).sum(1) / mask.sum(1)
+    ours = vectors_of(searched)
+    np.testing.assert_allclose(means / np.linalg.norm(means, axis=1, keepdims=True), ours, atol=1e-5)
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *PACKAGES]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("pip reaches no registry")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", READ, str(searched / INT4), json.dumps(TEXTS)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["longest"] == 32
+    np.testing.assert_allclose(found["vectors"], ours, atol=1e-5)
