@@ -19,6 +19,7 @@ import pytest
 from qft.bundle.assets import copy_tokenizer
 from qft.bundle.manifest import update
 from qft.data.tokenizer import TextTokenizer
+from tests.e2e.browser import chromium, puppeteer
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,20 @@ class Served:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
+
+
+def seen_on(url: str, folder: Path, *turns: dict[str, str]) -> dict[str, Any]:
+    """What Chromium shows of the built-in page after each turn's fields were filled and sent; skips where there is no Chromium."""
+    given = json.dumps({"chromium": chromium(), "turns": turns})
+    shutil.copyfile(Path(__file__).with_name("page.mjs"), folder / "page.mjs")
+    (folder / "node_modules").symlink_to(puppeteer())
+    words = ["node", "page.mjs", url]
+    done = subprocess.run(words, cwd=folder, input=given, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert not found["outside"]
+    assert not found["errors"]
+    return found
 
 
 Serving = Callable[..., Any]

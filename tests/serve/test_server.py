@@ -16,7 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.serve.conftest import Served, serving
+from qft.bundle.manifest import Bundle
+from tests.serve.conftest import Served, seen_on, serving
 
 pytestmark = pytest.mark.serve
 CHAT = {"messages": [{"role": "user", "content": "dull and slow at noon"}], "max_tokens": 8}
@@ -53,6 +54,18 @@ def test_health_metrics_and_page_answer(served: Served) -> None:
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "https://" not in page.text.replace("https://github.com/", "")
     assert "src=" not in page.text
+
+
+def test_the_page_shows_a_conversation_as_it_is_written(served: Served, text_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(text_bundle)
+    asked = ["a fine film", "dull"]
+    first = bundle.answer(asked[:1], bundle.runner(), max_new_tokens=500)[0].text
+    page = seen_on(served.url, tmp_path, *({"text": text} for text in asked))
+    assert page["title"] == "tiny"
+    assert [who for who, _ in page["seen"]] == ["you", "it", "you", "it"]
+    assert [page["seen"][0][1], page["seen"][2][1]] == asked
+    assert page["seen"][1][1].split() == first.split()
+    assert {"key-field", "context-field", "sound-field", "stop"} <= set(page["hidden"])
 
 
 def test_labels_that_it_was_tuned_on_are_chosen_from(served: Served) -> None:

@@ -12,8 +12,11 @@ import numpy as np
 import openai
 import pytest
 
+from qft.base_new import new_checkpoint
+from qft.bundle.assets import copy_tokenizer
 from qft.bundle.manifest import Bundle
-from tests.serve.conftest import Served, make_bundle, serving
+from tests.conftest import BAD, GOOD, PLACES
+from tests.serve.conftest import Served, make_bundle, seen_on, serving
 
 pytestmark = pytest.mark.serve
 
@@ -66,8 +69,6 @@ def test_openai_python_gets_what_is_said_in_a_sound_file(hearing: Served, speech
 def test_a_text_is_classified_as_without_a_server(tiny_encoder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from qft.bundle.assets import copy_tokenizer
-
     labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
     AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2, **labels).save_pretrained(
         tmp_path / "m"
@@ -89,6 +90,52 @@ def test_a_text_is_classified_as_without_a_server(tiny_encoder: Path, tmp_path: 
             404,
             "this bundle is for text-classification: ask POST /classify",
         )
+
+
+def test_a_text_is_translated_as_without_a_server_and_on_the_page(tmp_path: Path) -> None:
+    config = {
+        "model_type": "marian", "vocab_size": 300, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "init_std": 1,
+        "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "max_position_embeddings": 64, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 1, "bos_token_id": None,
+        "scale_embedding": True,
+    }  # fmt: skip
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    base = new_checkpoint(tmp_path / "small.json", [*GOOD, *BAD, *PLACES] * 4, seed=0, cache=tmp_path)
+    folder = make_bundle(base, tmp_path / "bundle", "translation", max_length=40)
+    bundle, texts = Bundle.load(folder), ["a fine film in town", "dull and slow"]
+    expected = bundle.translate(texts, bundle.runner(), max_new_tokens=12)
+    assert expected[0].text != expected[1].text
+    with serving(folder, "--max-new-tokens", "12") as served:
+        found = served.post("/translate", {"input": texts, "model": "tiny"}).json()
+        assert found["object"] == "list"
+        assert [one["text"] for one in found["data"]] == [one.text for one in expected]
+        assert [one["tokens"] for one in found["data"]] == [one.tokens for one in expected]
+        short = served.post("/translate", {"input": texts[0], "max_tokens": 2}).json()["data"]
+        assert [one["tokens"] for one in short] == [2]
+        page = seen_on(served.url, tmp_path, {"text": texts[1]})
+    (you, it) = page["seen"]
+    assert you == ["you", texts[1]]
+    assert it[1].split() == expected[1].text.split()
+
+
+def test_a_question_is_answered_as_without_a_server_and_on_the_page(tiny_encoder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForQuestionAnswering
+
+    AutoModelForQuestionAnswering.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "m")
+    copy_tokenizer(tiny_encoder, tmp_path / "m")
+    keys = {"stride": 4, "longest_answer": 4, "no_answer_margin": 0.0}
+    folder = make_bundle(tmp_path / "m", tmp_path / "bundle", "question-answering", keys=keys, max_length=16)
+    bundle, context = Bundle.load(folder), " and ".join([*GOOD, *BAD])
+    expected = bundle.find("I loved acting", context, bundle.runner())
+    assert expected.text
+    with serving(folder) as served:
+        found = served.post("/answer", {"question": "I loved acting", "context": context}).json()
+        assert (found["text"], found["begin"], found["end"]) == (expected.text, expected.begin, expected.end)
+        assert found["probability"] == pytest.approx(expected.probability, abs=1e-6)
+        assert served.post("/answer", {"question": "I loved acting"}).json()["error"]["param"] == "context"
+        page = seen_on(served.url, tmp_path, {"context": context, "text": "I loved acting"})
+    (_, (_, said)) = page["seen"]
+    assert said == f"{expected.text}   {round(100 * expected.probability)} %"
 
 
 @pytest.fixture(scope="module")
