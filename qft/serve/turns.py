@@ -103,21 +103,20 @@ class Turns:
                     continue
                 ticket = self._working.popleft()
                 self._working.append(ticket)
-            if not self._step(ticket):
+            event, more = self._step(ticket)
+            if not more:  # its place is free before it is told so, and asks again
                 with self._changed:
                     self._working.remove(ticket)
+            ticket.put(event)
 
-    def _step(self, ticket: Ticket) -> bool:
-        """Whether there is more to do."""
+    def _step(self, ticket: Ticket) -> tuple[Any, bool]:
+        """What the next step gives, and whether there is more to do."""
         try:
             if ticket.cancelled or self._stopped:
                 ticket.steps.close()  # type: ignore[attr-defined]
                 raise Stopped
-            ticket.put(next(ticket.steps))
+            return next(ticket.steps), True
         except StopIteration:
-            ticket.put(_END)
-            return False
+            return _END, False
         except BaseException as error:  # a panic of llguidance is no Exception: the other answers go on
-            ticket.put(error)
-            return False
-        return True
+            return error, False
