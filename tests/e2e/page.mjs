@@ -3,7 +3,7 @@ import { readFileSync } from "node:fs";
 import puppeteer from "puppeteer-core";
 
 const [address] = process.argv.slice(2);
-const { chromium, questions, check } = JSON.parse(readFileSync(0, "utf8"));
+const { chromium, questions } = JSON.parse(readFileSync(0, "utf8"));
 const software = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"];
 const browser = await puppeteer.launch({ executablePath: chromium, args: ["--no-sandbox", ...software], protocolTimeout: 600_000 });
 const page = await browser.newPage();
@@ -33,7 +33,7 @@ try {
     await ready();
     answers.push(await text("#answer"));
   }
-  if (check) await page.click("#check");
+  await page.click("#check");
   await ready();
   const [isolated, gpu] = await page.evaluate(async () => [crossOriginIsolated, Boolean(await navigator.gpu?.requestAdapter())]);
   console.log(JSON.stringify({ title: await page.title(), answers, checked: await text("#checked"), outside, errors, isolated, gpu }));
