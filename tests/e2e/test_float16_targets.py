@@ -29,7 +29,7 @@ def test_a_run_ships_float16_targets_that_answer_on_a_processor_as_they_were_mea
         written = json.loads((folder / "config.json").read_text())["transformers.js_config"]
         assert written["dtype"] == suffix
         assert written["kv_cache_dtype"] == {suffix: "float16"}
-        assert typed(recipe_folder, f"qft check {folder}").returncode == 0
+        assert typed(recipe_folder, f"qft check --bundle {folder}").returncode == 0
         (answer,) = Bundle.load(folder).answer(
             ["a joy to watch at home"], Bundle.load(folder).runner(), max_new_tokens=8
         )
