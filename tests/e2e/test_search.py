@@ -79,6 +79,9 @@ def test_predict_eval_and_check(searched: Path, typed: Type) -> None:
     assert as_json(typed(searched, "qft eval --json"))["quality"]["metric"] == "recall@1"
     assert "qft export --app web" in (searched / INT4 / "README.md").read_text()
     assert "qft export --app web" in (searched / "runs/recipe/report.html").read_text()
+    refused = typed(searched, "qft export --app cpp app")
+    assert refused.returncode == 2
+    assert "these do: python, node, web" in refused.stderr
     refused = typed(searched, "qft predict --labels a,b dull")
     assert refused.returncode == 2
     refused = typed(searched, "qft run recipe.yaml name=other data.prompt=query:{text}")
