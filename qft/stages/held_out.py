@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from qft.bundle.classifier import Labels
 from qft.data.conversations import text_of
 from qft.data.rows import read_rows
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError
+from qft.measure.quality import RowAnswer
 from qft.measure.slices import by_length, check_columns
 from qft.report.summary import Asked
 from qft.sources import fetch
@@ -22,11 +24,22 @@ _MOST_LABELS = 24  # that answers are sorted by
 
 
 def asked(job: Job, target: str) -> list[Asked]:
-    """Every answer to the held-out rows; empty if some of them, or the rows, are no longer there."""
+    """Every answer to the held-out rows; empty if some of them, or the rows, are no longer there.
+
+    Raises InputError if other rows lie there by now, as after `qft plan` of a file that was edited.
+    """
     shipped, before, tuned = (job.answers(stage) for stage in (f"quantize-{target}", "baseline", "tune"))
-    if not (shipped and tuned) or not (job.run.data / "eval.jsonl").exists():
+    path = job.run.data / "eval.jsonl"
+    if not (shipped and tuned) or not path.exists():
         return []
-    prompts = job.task.asked(job.rows("eval"), TextTokenizer.load(job.run.bundle(target)))
+    rows = job.rows("eval")
+    prompts = job.task.asked(rows, TextTokenizer.load(job.run.bundle(target)))
+    if not all(_are_to(rows, len(prompts), kept) for kept in (shipped, before, tuned) if kept):
+        raise InputError(
+            "other rows are held out by now than those that were measured",
+            where=str(path),
+            hint=f"`qft run {job.run.root}` measures these",
+        )
     begin = len(os.path.commonprefix(prompts))
     end = len(os.path.commonprefix([prompt[begin:][::-1] for prompt in prompts]))
     old = [answer.answer for answer in before] or [""] * len(shipped)  # the stage baseline may be left out
@@ -34,6 +47,14 @@ def asked(job: Job, target: str) -> list[Asked]:
         Asked(said, text[begin : len(text) - end], first, new.answer)
         for said, text, first, new in zip(shipped, prompts, old, tuned, strict=True)
     ]
+
+
+def _are_to(rows: Sequence[Any], count: int, answers: Sequence[RowAnswer]) -> bool:
+    """Whether answers are to these rows, which ask for `count` of them."""
+    places = {row.where for row in rows}
+    return len(answers) == count and all(
+        one.where in places or _OF_A_CONVERSATION.sub("", one.where) in places for one in answers
+    )
 
 
 def labels_of(job: Job) -> Labels:

@@ -68,13 +68,13 @@ def run(job: Job) -> Facts:
         keys.classification.class_weights,
         keys.training.max_length,
     )
-    page = render(replace(summary, slices=found), knobs, _carried(job, target) if shipped else [])
+    page = render(replace(summary, slices=found), knobs, _carried(job, target) if rows else [])
     write_text(job.run.report, page)
     return Facts(str(job.run.report), found)
 
 
-def summarize(job: Job, rows: Sequence[Asked] | None = None) -> Summary:
-    """Gather what the stages found out; a stage that has not run leaves its part empty. rows: what `asked` gives, if it is known."""
+def summarize(job: Job, rows: Sequence[Asked] = ()) -> Summary:
+    """Gather what the stages found out; a stage that has not run leaves its part empty. rows: what `asked` gives, for examples."""
     content = job.run.load()
     stages = {name: job.run.record(name) for name in content["stages"]}
     prepared, tuned, merged = _maybe(job, prepare.Facts), _maybe(job, tune.Facts), _maybe(job, merge.Facts)
@@ -115,7 +115,7 @@ def summarize(job: Job, rows: Sequence[Asked] | None = None) -> Summary:
         problems=verify_record.problems if verify_record else [],
         machine=TypeAdapter(Machine).validate_python(content["machine"]) if "machine" in content else None,
         versions=content.get("versions", {}),
-        examples=_examples(asked(job, target) if rows is None else rows) if shipped else Examples(),
+        examples=_examples(rows),
         labels=_labels(job, target, shipped) if shipped else None,
         slices=reported.slices if reported else [],
     )
@@ -187,6 +187,9 @@ def _carried(job: Job, target: str) -> list[Carried]:
 def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | None:
     answers, labels = job.answers(f"quantize-{target}"), labels_of(job)
     if not answers or target not in shipped.targets or shipped.targets[target].calibration is None:
+        return None
+    named = {name for one in answers for said in (one.expected, one.answer) for name in labels.named_in(said)}
+    if not named <= set(labels.names):  # the rows that lie there by now have others
         return None
     mistaken = Counter((a.expected, a.answer) for a in answers if not a.right)
     return LabelResults(

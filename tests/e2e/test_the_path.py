@@ -249,6 +249,26 @@ def test_the_report_needs_no_network_and_shows_every_stage(finished: Path, typed
     assert text.count("<svg") == 3
 
 
+def test_a_report_on_other_rows_than_those_that_were_measured_is_refused(finished: Path, typed: Type) -> None:
+    rows = (finished / "reviews.jsonl").read_text()
+    edited = "".join(rows.splitlines(keepends=True)[20:])
+    page = finished / RUN / "report.html"
+    before = page.read_bytes() if page.exists() else None
+    try:
+        for text, held_out in ((rows, 30), (edited, 24)):  # more rows, and as many others
+            (finished / "reviews.jsonl").write_text(text)
+            assert typed(finished, f"qft plan recipe.yaml data.eval={held_out}").returncode == 0
+            done = typed(finished, f"qft report {RUN}")
+            assert done.returncode == 2
+            assert f"{RUN}/data/eval.jsonl: other rows are held out by now than those that were measured" in done.stderr
+            assert f"`qft run {RUN}` measures these" in done.stderr
+            assert "Traceback" not in done.stderr
+            assert (page.read_bytes() if page.exists() else None) == before
+    finally:
+        (finished / "reviews.jsonl").write_text(rows)
+        typed(finished, "qft plan recipe.yaml")
+
+
 def test_bench_again_with_other_threads_changes_only_the_bench(finished: Path, typed: Type) -> None:
     before = json.loads((finished / RUN / "run.json").read_text())["stages"]
     found = as_json(typed(finished, "qft bench --json bench.threads=1"))
