@@ -25,7 +25,7 @@ _LONGEST = 600  # characters of a row that are shown
 def render(summary: Summary, knobs: Knobs, carried: Sequence[Carried]) -> str:
     """The page as text. Everything from rows and recipes is escaped; only our own pictures stand in it as markup.
 
-    carried: which words carried a classifier's surest errors.
+    carried: which words carried the surest errors among labels.
     """
     decoders = {name: speed for name, speed in summary.speeds.items() if isinstance(speed, Speed)}
     charts = {

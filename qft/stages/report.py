@@ -11,17 +11,16 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from qft.bundle.manifest import Bundle
 from qft.files import write_text
 from qft.measure.classification import per_label
 from qft.measure.machine import Machine
-from qft.measure.occlusion import Carried, what_carried
 from qft.measure.scores import score_of
 from qft.measure.slices import Slice, slices
 from qft.recipe import Recipe
 from qft.report.summary import Asked, Examples, LabelResults, Summary, TargetSize, Training, WaterfallStep
 from qft.report.words import Knobs
 from qft.stages import baseline, bench, export, fold, merge, prepare, quantize, tune, verify
+from qft.stages.carried import carried
 from qft.stages.held_out import asked, cuts, labels_of
 from qft.stages.job import Job
 
@@ -68,7 +67,7 @@ def run(job: Job) -> Facts:
         keys.classification.class_weights,
         keys.training.max_length,
     )
-    page = render(replace(summary, slices=found), knobs, _carried(job, target) if rows else [])
+    page = render(replace(summary, slices=found), knobs, carried(job, target) if rows else [])
     write_text(job.run.report, page)
     return Facts(str(job.run.report), found)
 
@@ -169,19 +168,6 @@ def _slices(job: Job, metric: str, rows: Sequence[Asked]) -> list[Slice]:
     answers = [row.shipped for row in rows]
     score = score_of(metric, answers) if rows else None
     return slices(metric, score, answers, cuts(job, rows)) if score else []
-
-
-def _carried(job: Job, target: str) -> list[Carried]:
-    """Which words carried a classifier's surest errors."""
-    bundle = Bundle.load(job.run.bundle(target))
-    if not bundle.classifies:
-        return []
-    runner, pairs = bundle.runner(), zip(job.rows("eval"), job.answers(f"quantize-{target}"), strict=True)
-    wrong = sorted((pair for pair in pairs if not pair[1].right), key=lambda pair: -(pair[1].probability or 0))
-    return [
-        what_carried(bundle, runner, row.text, answer=said.answer, expected=said.expected)
-        for row, said in wrong[:_SHOWN_EXAMPLES]
-    ]
 
 
 def _labels(job: Job, target: str, shipped: quantize.Facts) -> LabelResults | None:

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qft.bundle.constrained import Labels
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle
+from qft.cli.options import made_job
 from qft.files import sha256_file
+from qft.runfolder import RunFolder
+from qft.stages.carried import carried
 from tests.e2e.conftest import Type, as_json
 
 RUN = "runs/recipe"
@@ -247,6 +251,37 @@ def test_the_report_needs_no_network_and_shows_every_stage(finished: Path, typed
     for words in ("base", "tuned", "merged", "exported", "rounded", "folded", "shipped", "tokens/s", "reviews.jsonl"):
         assert words in text
     assert text.count("<svg") == 3
+
+
+def test_which_words_carried_an_error_of_a_model_that_writes_labels(finished: Path, tmp_path: Path) -> None:
+    """Answers are turned over that were right; the figures are those of asking the bundle as `qft predict` does."""
+    run = RunFolder(tmp_path / "recipe")
+    shutil.copytree(finished / RUN, run.root)
+    other = {"positive": "negative", "negative": "positive"}
+    kept = [json.loads(line) for line in run.answers("quantize-cpu-int4").read_text().splitlines()]
+    for number, one in enumerate(kept):
+        wrong = number < 4
+        one |= {"right": not wrong, "loss": float(wrong * (number + 1))}
+        one["answer"] = other[one["expected"]] if wrong else one["expected"]
+    kept[4] |= {"right": False, "loss": 9.0, "answer": "neither"}  # no label: nothing was chosen
+    run.answers("quantize-cpu-int4").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    found = carried(made_job(run), "cpu-int4")
+    lines = {
+        f"reviews.jsonl:{n}": line for n, line in enumerate((finished / "reviews.jsonl").read_text().splitlines(), 1)
+    }
+    texts = [json.loads(lines[one["where"]])["text"] for one in kept]
+    assert ["".join(word.text for word in one.words) for one in found] == [texts[3], texts[2], texts[1]]
+    bundle = Bundle.load(run.bundle("cpu-int4"))
+    runner = bundle.runner()
+    for one, row in zip(found, (3, 2, 1), strict=True):
+        assert (one.answer, one.expected) == (kept[row]["answer"], kept[row]["expected"])
+        words = [word.text for word in one.words]
+        without = ["".join(words[:n] + words[n + 1 :]) for n in range(len(words))]
+        labels = Labels([one.answer, one.expected], bundle.tokenizer)
+        whole, *left = (c.probabilities[one.answer] for c in bundle.choose([texts[row], *without], runner, labels))
+        assert one.probability == pytest.approx(whole, abs=1e-6)
+        assert [word.fall for word in one.words] == pytest.approx([whole - each for each in left], abs=1e-6)
+    assert any(abs(word.fall or 0) > 0.01 for one in found for word in one.words)
 
 
 def test_a_report_on_other_rows_than_those_that_were_measured_is_refused(finished: Path, typed: Type) -> None:
