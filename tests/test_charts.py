@@ -1,17 +1,18 @@
-"""What the report says of labels: which are confused with which, as a picture and in words, and each label's figures."""
+"""The report's pictures and tables, read back: stages, and labels, which are confused with which."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from itertools import pairwise
 
 from qft.bundle.classifier import Labels
 from qft.measure.classification import per_label
-from qft.measure.quality import RowAnswer
-from qft.report.charts import confusion_chart
+from qft.measure.quality import Quality, RowAnswer
+from qft.report.charts import confusion_chart, waterfall_chart
 from qft.report.page import render
-from qft.report.summary import LabelResults
+from qft.report.summary import LabelResults, TargetSize, WaterfallStep
 from tests.test_words import GOOD, KNOBS
 
 NAMES = ("ask", "book", "cancel & pay")
@@ -76,6 +77,30 @@ def test_of_many_labels_those_are_drawn_that_are_confused_most() -> None:
     said |= {(names[n], names[n + 1]): 30 - n for n in range(0, 30, 2)}  # the later a pair, the rarer
     shown = {down for down, _ in grid(confusion_chart(results(said, names)))}
     assert shown == set(names[:24])
+
+
+def test_stages_of_several_targets_have_their_names_in_full_one_a_line() -> None:
+    def quality(value: float) -> Quality:
+        return Quality("accuracy", value, 0.5, 100, 100)
+
+    steps = [WaterfallStep("base", quality(50)), WaterfallStep("tuned", quality(90))]
+    targets = ("cpu-int4", "cuda-fp16", "web-int4")
+    steps += [WaterfallStep(stage, quality(88), target) for target in targets for stage in ("rounded", "shipped")]
+    lines = {text: y for text, _, y, _ in texts(waterfall_chart(steps))}
+    heights = [lines[step.name] for step in steps]
+    assert all(below - above > 10 for above, below in pairwise(heights))
+    assert "shipped (cpu-int4)" not in {
+        text for text, *_ in texts(waterfall_chart(steps[:4]))
+    }  # they stand, on two lines
+
+
+def test_what_a_provider_leaves_to_the_processor_and_large_activations_are_sentences() -> None:
+    modules = {f"layers.{number}.down_proj": 60_000.0 - number for number in range(7)}
+    one = TargetSize(1000, 16.0, modules, {"Range": 1, "MatMulNBits": 1211})
+    page = " ".join(render(replace(GOOD, sizes={"cuda-fp16": one}), KNOBS, []).split())
+    assert "has no kernel for Range (1 node), MatMulNBits (1,211 nodes); onnxruntime" in page
+    assert "layers.0.down_proj 60,000, layers.1.down_proj 59,999" in page
+    assert "layers.5.down_proj 59,995 (7 modules in all)." in page
 
 
 def test_the_page_has_each_labels_figures_the_hardest_first() -> None:

@@ -24,21 +24,26 @@ _VARIABLES = {
     ACCENT: "accent",
 }
 _MOST_LABELS = 24  # in one picture
+_MOST_STANDING = 7  # bars beside each other: the stages of one target
 
 
 def waterfall_chart(steps: Sequence[WaterfallStep]) -> str:
-    """Headline metric after each stage; the shipped bar stands out."""
-    figure, axes = _figure(6.4, 2.6)
-    names = [f"{s.stage}\n{s.target}" if s.target else s.stage for s in steps]
-    values = [s.quality.value for s in steps]
+    """Headline metric after each stage; what ships stands out. Of several targets bars lie: their names would run into each other."""
+    lying, places = len(steps) > _MOST_STANDING, range(len(steps))
+    figure, axes = _figure(6.4, 0.4 + 0.3 * len(steps)) if lying else _figure(6.4, 2.6)
+    values, metric = [s.quality.value for s in steps], steps[0].quality.metric
     colours = [BASE if s.stage == "base" else SHIPPED if s.stage == "shipped" else GOOD for s in steps]
-    bars = axes.bar(range(len(steps)), values, width=0.62, color=colours)
-    metric = steps[0].quality.metric
+    limit = max(100.0, *values) * 1.12 if in_percent(metric) else max(values) * 1.18
+    if lying:
+        bars = axes.barh(places, values, height=0.62, color=colours)
+        axes.set(xlim=(0, limit), xticks=[], ylim=(len(steps) - 0.5, -0.5))
+        axes.set_yticks(places, [s.name for s in steps])
+    else:
+        bars = axes.bar(places, values, width=0.62, color=colours)
+        axes.set(ylim=(0, limit), yticks=[])
+        axes.set_xticks(places, [f"{s.stage}\n{s.target}" if s.target else s.stage for s in steps])
     axes.bar_label(bars, [value_text(metric, value) for value in values], padding=3, color=INK, fontsize=10)
-    axes.set_xticks(range(len(steps)), names)
-    axes.set_ylim(0, max(100.0, *values) * 1.12 if in_percent(metric) else max(values) * 1.18)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
+    axes.spines["bottom" if lying else "left"].set_visible(False)
     shown = ", ".join(f"{step.name} {value_text(metric, step.quality.value)}" for step in steps)
     return _svg(figure, f"{metric_name(metric)} after each stage: {shown}")
 
@@ -55,6 +60,7 @@ def curve_chart(curve: Sequence[tuple[int, float, float | None]]) -> str:
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color=ACCENT, marker="o", markersize=5, linewidth=2, label="validation")
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("loss, nats a target")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # decades alone may leave a short curve without a number

@@ -1,4 +1,4 @@
-"""The report of every task: axe finds nothing, no network is asked for; metrics out of kept answers are those that were measured."""
+"""Every report, and a comparison: axe finds nothing, no network is asked for; kept answers give the metrics that were measured."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from tests.e2e.browser import chromium, npm_packages
 from tests.e2e.conftest import Type
 from tests.e2e.test_classifier import classified  # noqa: F401
 from tests.e2e.test_question_answering import reading  # noqa: F401
+from tests.e2e.test_search import searched  # noqa: F401
 from tests.e2e.test_speech import spoken  # noqa: F401
 from tests.e2e.test_translation import translated  # noqa: F401
 
 pytestmark = pytest.mark.slow
-JOBS = ["finished", "classified", "reading", "spoken", "translated"]
+JOBS = ["finished", "classified", "reading", "spoken", "translated", "searched"]
 PACKAGES = '{"dependencies": {"puppeteer-core": "24.43.1", "axe-core": "4.14.1"}}'
 
 
@@ -38,13 +39,9 @@ def looked_at(page: Path, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_axe_finds_nothing_and_nothing_is_asked_for(
-    job: str, request: pytest.FixtureRequest, tmp_path: Path, typed: Type
-) -> None:
-    folder = request.getfixturevalue(job)
-    assert typed(folder, "qft report recipe.yaml").returncode == 0
-    found = looked_at(folder / "runs/recipe/report.html", tmp_path)
+def assert_clean(page: Path, folder: Path) -> None:
+    """At every width and in every colour: no violation, nothing wider than the window, no network."""
+    found = looked_at(page, folder)
     assert found["outside"] == []
     assert len(found["seen"]) == 9
     for one in found["seen"]:
@@ -52,6 +49,30 @@ def test_axe_finds_nothing_and_nothing_is_asked_for(
         assert one["violations"] == [], where
         assert one["passes"] > 20, where
         assert one["wider"] <= 0, where
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_axe_finds_nothing_and_nothing_is_asked_for(
+    job: str, request: pytest.FixtureRequest, tmp_path: Path, typed: Type
+) -> None:
+    folder = request.getfixturevalue(job)
+    assert typed(folder, "qft report recipe.yaml").returncode == 0
+    assert_clean(folder / "runs/recipe/report.html", tmp_path)
+
+
+def test_axe_finds_nothing_in_a_comparison(
+    finished: Path,
+    classified: Path,  # noqa: F811
+    tmp_path: Path,
+    typed: Type,
+) -> None:
+    """Of two tasks: recipes that say much otherwise, and stages that one of them has alone."""
+    done = typed(tmp_path, f"qft compare {finished}/runs/recipe {classified}/runs/recipe --html page.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text("utf-8")
+    for words in ("What the recipes say otherwise", "text-classification", "macro F1", "peak memory"):
+        assert words in page
+    assert_clean(tmp_path / "page.html", tmp_path)
 
 
 @pytest.mark.parametrize("job", JOBS)
