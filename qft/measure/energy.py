@@ -1,26 +1,29 @@
-"""Energy of a piece of work: from the processor's own counter where the system lets it be read, else estimated. No torch."""
+"""Energy of a piece of work: from processor's and cards' own counters where the system lets them be read, else estimated. No torch."""
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 WATTS_A_CORE = 12.0  # assumed of a busy core, its share of memory and cooling included; an idle one counts nothing
 EUROS_A_KWH = 0.29  # households in the European Union, first half of 2025: 0.2872 (Eurostat, nrg_pc_204)
 _COUNTERS = Path("/sys/class/powercap")
+_DEVICES = Path("/dev")
 _LOOK_SECONDS = 30.0  # a counter begins anew after 262 kJ, which 1 kW takes four minutes to draw
 
 
 @dataclass(frozen=True)
 class Energy:
-    """joules, and how they were found: counted by the processor (of all programs together), or estimated as `WATTS_A_CORE` times
-    the processor time of this process and its children.
+    """joules, and how they were found: counted by the processor and every NVIDIA card (of all programs together); or estimated,
+    which is the processor's part as `WATTS_A_CORE` times the processor time of this process and its children, or without a card.
     """
 
     joules: float
@@ -46,9 +49,15 @@ class Meter:
 
 
 @contextmanager
-def energy_meter(counters: Path = _COUNTERS, *, look_seconds: float = _LOOK_SECONDS) -> Iterator[Meter]:
-    """Measure the energy of a block. counters: where Linux shows RAPL, a folder `intel-rapl:N` for each processor, AMD's too."""
+def energy_meter(
+    counters: Path = _COUNTERS, *, look_seconds: float = _LOOK_SECONDS, devices: Path = _DEVICES, nvml: Any = None
+) -> Iterator[Meter]:
+    """Measure the energy of a block. counters: where Linux shows RAPL, a folder `intel-rapl:N` for each processor, AMD's too.
+
+    devices: where Linux shows cards, `nvidia0`. nvml: the module pynvml of nvidia-ml-py, which is looked for if it is not given.
+    """
     meter, packages = Meter(), _readable(counters)
+    cards = _Cards.found(nvml or _pynvml(), devices)
     began, tallies = _core_seconds(), [_Tally(package) for package in packages]
     ended = threading.Event()
     looking = threading.Thread(target=_keep_looking, args=(tallies, ended, look_seconds), daemon=True)
@@ -60,7 +69,47 @@ def energy_meter(counters: Path = _COUNTERS, *, look_seconds: float = _LOOK_SECO
         looking.join()
         counted = sum(tally.look() for tally in tallies) / 1e6
         estimated = WATTS_A_CORE * (_core_seconds() - began)
-        meter.energy = Energy(counted, "counted") if tallies else Energy(estimated, "estimated")
+        of_cards = cards.joules()
+        joules = (counted if tallies else estimated) + (of_cards or 0.0)
+        meter.energy = Energy(joules, "counted" if tallies and of_cards is not None else "estimated")
+
+
+class _Cards:
+    """What every card has used since the start; NVML counts millijoules since the driver was loaded, of cards since Volta (2017)."""
+
+    def __init__(self, readers: list[Any] | None, error: type[Exception] = Exception) -> None:
+        """readers: of each card; None if one is there that cannot be read."""
+        self._readers, self._error = readers, error
+        self._began = [read() for read in readers or []]
+
+    @classmethod
+    def found(cls, nvml: Any, devices: Path) -> _Cards:
+        """Those of this machine."""
+        unread = cls(None if any(devices.glob("nvidia[0-9]*")) else [])
+        if nvml is None:
+            return unread
+        try:
+            nvml.nvmlInit()
+            handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
+            return cls([partial(nvml.nvmlDeviceGetTotalEnergyConsumption, one) for one in handles], nvml.NVMLError)
+        except nvml.NVMLError:
+            return unread
+
+    def joules(self) -> float | None:
+        """None if a card's are not known."""
+        if self._readers is None:
+            return None
+        try:
+            return sum(read() - began for read, began in zip(self._readers, self._began, strict=True)) / 1e3
+        except self._error:
+            return None
+
+
+def _pynvml() -> Any:
+    try:
+        return importlib.import_module("pynvml")
+    except ImportError:
+        return None
 
 
 class _Tally:
