@@ -55,10 +55,15 @@ def vectors_of(folder: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_it_has_learnt_and_what_was_trained_is_what_ships(searched: Path, typed: Type) -> None:
-    steps = {step["stage"]: step for step in as_json(typed(searched, "qft run recipe.yaml --json"))["waterfall"]}
+    run = as_json(typed(searched, "qft run recipe.yaml --json"))
+    steps = {step["stage"]: step for step in run["waterfall"]}
     assert list(steps) == ["base", "tuned", "merged", "exported", "rounded", "folded", "shipped"]
     assert steps["tuned"]["loss"] < steps["base"]["loss"]
-    assert steps["merged"]["loss"] == pytest.approx(steps["tuned"]["loss"], abs=1e-3)
+    lines = [json.loads(line) for line in (searched / "runs/recipe/metrics.jsonl").read_text().splitlines()]
+    best = min(line["validation_loss"] for line in lines if "validation_loss" in line)
+    assert run["merge"]["validation_losses"]["dequantized 4-bit base"] == pytest.approx(best, abs=1e-4)
+    if run["merge"]["way"] == "dequantized 4-bit base":  # the other one only if it is better beyond chance
+        assert steps["merged"]["loss"] == pytest.approx(steps["tuned"]["loss"], abs=1e-3)
     assert steps["exported"]["loss"] == pytest.approx(steps["merged"]["loss"], abs=1e-4)
     assert abs(steps["shipped"]["loss"] - steps["folded"]["loss"]) < 0.05
     found = steps["shipped"]["retrieval"]
