@@ -1,10 +1,11 @@
-"""qft.run and qft.Bundle as a Python program uses them, and the Python lines of docs/, on bundles of every task."""
+"""qft.run and qft.Bundle as a Python program uses them, and what README and docs/ type, on bundles of every task."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,41 +17,102 @@ import pytest
 import qft
 from qft.bundle import manifest
 from qft.errors import InputError
+from qft.paths import shipped
+from tests.e2e.test_apps import installed, run
 from tests.e2e.test_classifier import classified  # noqa: F401
 from tests.e2e.test_question_answering import reading  # noqa: F401
 from tests.e2e.test_search import searched  # noqa: F401
 from tests.e2e.test_speech import spoken  # noqa: F401
 from tests.e2e.test_translation import translated  # noqa: F401
+from tests.serve.conftest import serving
 
 pytestmark = pytest.mark.slow
 INT4 = "runs/recipe/bundles/cpu-int4"
-PAGES = {  # of docs/, and the fixture with a bundle for its lines
-    "generate": "finished",
-    "classify": "classified",
-    "answer": "reading",
-    "translate": "translated",
-    "transcribe": "spoken",
-    "search": "searched",
+ROOT = Path(__file__).parents[2]
+PAGES = {  # and the fixture with a bundle for its lines
+    "README.md": "finished",
+    "docs/generate.md": "finished",
+    "docs/classify.md": "classified",
+    "docs/answer.md": "reading",
+    "docs/translate.md": "translated",
+    "docs/transcribe.md": "spoken",
+    "docs/search.md": "searched",
 }
-DOCS = Path(__file__).parents[2] / "docs"
+MAY_SAY_NOTHING = ("docs/transcribe.md", "docs/translate.md")  # random layers
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    text = (ROOT / page).read_text("utf-8")
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def folder_of(page: str, run: Path, folder: Path) -> Path:
+    """A folder in which the page's lines find what they name: its run, which is another's, and files that they read."""
+    (name,) = {
+        found for code in blocks(page, "python") for found in re.findall(r"runs/([\w-]+)/bundles/cpu-int4", code)
+    }
+    (folder / "runs").mkdir()
+    (folder / "runs" / name).symlink_to(run)
+    (folder / "strings.txt").write_text("dull and slow\na fine film\n")
+    (folder / "order.json").write_text('{"type": "object", "properties": {"score": {"type": "boolean"}}}')
+    sound = run / "bundles/cpu-int4/golden/0.wav"
+    if sound.exists():
+        shutil.copyfile(sound, folder / "talk.wav")
+    return folder
+
+
+def done_in(folder: Path, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, number) for page in PAGES for number in range(len(blocks(page, "python")))]
+)
+def test_the_python_lines_of_a_page_run(page: str, number: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    code = blocks(page, "python")[number]
+    if "sentence_transformers" in code:
+        pytest.importorskip("sentence_transformers")
+    made = request.getfixturevalue(PAGES[page]) / "runs/recipe"
+    folder = folder_of(page, made, tmp_path)
+    if "import qft" in code:
+        code += "\nimport sys\nassert 'torch' not in sys.modules\n"
+    if "OpenAI(" in code:
+        with serving(made / "bundles/cpu-int4") as served:
+            code = code.replace("http://127.0.0.1:8000", served.url).replace('model="quickstart"', 'model="recipe"')
+            assert done_in(folder, sys.executable, "-c", code).strip()
+    else:
+        said = done_in(folder, sys.executable, "-c", code).strip()
+        assert said or page in MAY_SAY_NOTHING or "print(" not in code
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_lines_of_a_page_run(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    bundle = request.getfixturevalue(PAGES[page]) / INT4
-    code = re.findall(r"^```python\n(.*?)^```$", (DOCS / f"{page}.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)[0]
-    (path,) = set(re.findall(r'Bundle\.load\("(.*?)"\)', code))
-    (tmp_path / path).parent.mkdir(parents=True)
-    (tmp_path / path).symlink_to(bundle)
-    if (bundle / "golden/0.wav").exists():
-        shutil.copyfile(bundle / "golden/0.wav", tmp_path / "talk.wav")
-    code += "\nimport sys\nassert 'torch' not in sys.modules\n"
-    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() or page in ("transcribe", "translate")  # random layers may say nothing
+def test_the_questions_that_a_page_types_are_answered(
+    page: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    typed_in = [shlex.split(line, comments=True) for code in blocks(page, "bash") for line in code.splitlines()]
+    lines = [words for words in typed_in if words[:2] == ["qft", "predict"]]
+    assert lines
+    folder = folder_of(page, request.getfixturevalue(PAGES[page]) / "runs/recipe", tmp_path)
+    for words in lines:
+        if "--among" in words and PAGES[page] != "searched":
+            continue
+        said = done_in(folder, sys.executable, "-m", *words).strip()
+        assert said or page in MAY_SAY_NOTHING, words
+
+
+@pytest.mark.apps
+def test_the_lines_for_node_of_the_page_on_search_give_vectors(searched: Path, tmp_path: Path) -> None:  # noqa: F811
+    (code,) = blocks("docs/search.md", "js")
+    (tmp_path / "bundle").symlink_to(searched / INT4)
+    shutil.copyfile(shipped("export/apps/node/package.json"), tmp_path / "package.json")
+    app = installed(tmp_path)
+    (app / "embed.mjs").write_text(f"{code}console.log(JSON.stringify(vectors.tolist()));\n")
+    (theirs,) = json.loads(run(app, "node", "embed.mjs"))
+    ours = qft.Bundle.load(searched / INT4).embed("publish the page")
+    assert (np.array(theirs) * ours).sum() > 0.999  # onnxruntime's kernels, of another release
 
 
 def test_a_bundle_says_what_the_command_says_and_refuses_what_it_is_not_for(classified: Path) -> None:  # noqa: F811
