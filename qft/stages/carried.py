@@ -9,6 +9,7 @@ from qft.bundle.manifest import Bundle
 from qft.data.encode import Encoded
 from qft.measure.occlusion import Carried, what_carried
 from qft.measure.quality import RowAnswer
+from qft.measure.writing import turns_of
 from qft.stages.job import Job
 
 _SHOWN = 6
@@ -37,12 +38,14 @@ def _classified(bundle: Bundle, job: Job, answers: Sequence[RowAnswer]) -> list[
 
 def _written(bundle: Bundle, rows: Sequence[Encoded], answers: Sequence[RowAnswer]) -> list[Carried]:
     """Prompts are read as the rows have them: one whose text gives other tokens is left out."""
-    prompts = [bundle.tokenizer.decode(row.prompt, skip_special_tokens=False) for row in rows]
+    asked = [rows[turn.row] for turn in turns_of(rows)]
+    prompts = [bundle.tokenizer.decode(row.prompt, skip_special_tokens=False) for row in asked]
     head, tail = _around(prompts)
     wrong = [
         (prompt, said)
-        for row, prompt, said in zip(rows, prompts, answers, strict=True)
-        if {said.answer, said.expected} <= set(bundle.known_labels)
+        for row, prompt, said in zip(asked, prompts, answers, strict=True)
+        if row.label is not None
+        and {said.answer, said.expected} <= set(bundle.known_labels)
         and not said.right
         and len(prompt) > len(head) + len(tail)
         and bundle.tokenizer.encode(prompt) == list(row.prompt)
