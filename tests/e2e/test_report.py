@@ -70,7 +70,7 @@ def test_axe_finds_nothing_in_a_comparison(
     done = typed(tmp_path, f"qft compare {finished}/runs/recipe {classified}/runs/recipe --html page.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text("utf-8")
-    for words in ("What the recipes say otherwise", "text-classification", "macro F1", "peak memory"):
+    for words in ("What the recipes say otherwise", "text-classification", "accuracy", "peak memory"):
         assert words in page
     assert_clean(tmp_path / "page.html", tmp_path)
 
