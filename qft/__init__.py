@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# What libraries tell their makers of their own accord, unless the environment says otherwise. onnxruntime (1.29 and later, on Linux and
+# macOS) asks when it is first imported, and then tells Microsoft of every session.
+for _silence in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_silence, "1")
+
 TYPE_CHECKING = False  # typing's own takes longer to import than all else here
 if TYPE_CHECKING:
     from typing import Any

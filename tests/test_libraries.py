@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,14 @@ def test_a_quantized_base_brings_no_library_that_nothing_asks_for_and_keeps_no_p
     assert {"transformers.modeling_utils", "bitsandbytes", "peft"} <= set(found["modules"])
     assert not {"sklearn", "scipy", "pandas", "pyarrow", "torch._inductor.lowering"} & set(found["modules"])
     assert "model.safetensors" not in found["files"]
+
+
+def test_libraries_tell_their_makers_nothing_unless_the_environment_says_so() -> None:
+    names = ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY")
+    code = f"import os, sys, qft; assert 'onnxruntime' not in sys.modules; print([os.environ[n] for n in {names}])"
+    plain = {name: value for name, value in os.environ.items() if name not in names}
+    for given, expected in (({}, "['1', '1', '1']"), ({"ORT_DISABLE_TELEMETRY": "0"}, "['0', '1', '1']")):
+        said = subprocess.run(
+            [sys.executable, "-c", code], env=plain | given, capture_output=True, text=True, check=True
+        )
+        assert said.stdout.strip() == expected

@@ -64,9 +64,17 @@ class Trackers:
 
         PartialState(cpu=True)  # tells which of several processes this is; what is trained on is the model's affair
         kind = LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind(self._run, self._folder) if kind.requires_logging_directory else kind(self._run)
-        tracker.start()
-        tracker.store_init_configuration(self._keys)
+        try:
+            tracker = kind(self._run, self._folder) if kind.requires_logging_directory else kind(self._run)
+            tracker.start()
+            tracker.store_init_configuration(self._keys)
+        except Exception as error:  # each has its own: nobody logged in, no server, a store that is no longer supported
+            reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
+            raise InputError(
+                f"{PACKAGES[name][1]} did not start: {reason}",
+                where="training.trackers",
+                hint="set it up, or leave it out",
+            ) from error
         return tracker
 
 

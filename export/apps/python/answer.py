@@ -8,8 +8,12 @@ python answer.py --check                     does this machine compute what was 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+# onnxruntime tells Microsoft of every session, since 1.29; whether it may is read when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import onnxruntime as ort
