@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -240,6 +240,12 @@ def print_tick(good: bool, text: str) -> None:
     """One line on stdout with a mark before it."""
     mark, style = ("✓", "green") if good else ("✗", "red")
     out.print(Text.assemble((f" {mark} ", style), text), soft_wrap=True)
+
+
+def print_problems(messages: Iterable[str]) -> None:
+    """What went wrong, on stderr."""
+    for message in messages:
+        err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
 def print_piece(text: str) -> None:

@@ -138,7 +138,7 @@ def fresh(code: str) -> str:
 
 @pytest.mark.parametrize("name", ["qft.bundle.manifest", "qft.bundle.golden", "qft.bundle.assets", "qft.measure.quality",
                                   "qft.measure.parity", "qft.measure.speed", "qft.measure.transcripts", "qft.measure.translations",
-                                  "qft.cli.use", "qft.serve.run", "qft.api"])  # fmt: skip
+                                  "qft.cli.use", "qft.cli.predict", "qft.serve.run", "qft.api"])  # fmt: skip
 def test_a_bundle_is_opened_and_measured_without_torch(name: str) -> None:
     found = fresh(f"import sys, {name}; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])")
     assert found.strip() == "[]"

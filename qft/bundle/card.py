@@ -108,7 +108,7 @@ def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
     app = "`qft export --app web FOLDER OUT` puts it into an app. " if manifest["task"] in APPS["web"].tasks else ""
     yield (
         f"{app}transformers.js and optimum (`{manifest['ort_class']}`) open it{' too' if app else ''}; "
-        "`qft check --bundle FOLDER` compares every file with its hash and every golden case with what a machine computes."
+        "`qft check FOLDER` compares every file with its hash and every golden case with what a machine computes."
     )
     yield ""
 

@@ -58,11 +58,11 @@ class Feed:
         while place < len(ids):
             part = list(ids[place : place + READ_AT_ONCE])
             if self._cache is None:
-                logits, self._cache = self._runner.prefill([part])
+                logits, cache = self._runner.prefill([part])
             else:
-                logits, self._cache = self._runner.extend([part], self._cache)
+                logits, cache = self._runner.extend([part], self._cache)
             place += len(part)
-            self._read = list(ids[:place])
+            self._read, self._cache = list(ids[:place]), cache  # at once: an interrupt comes before both or after
             yield logits[0, -1]
 
     def forget(self) -> None:

@@ -25,7 +25,7 @@ COMMANDS = {
     "report": ("stages", "Write report.html again."),
     "compare": ("compare", "Hold runs against each other: recipes, quality with intervals, size, speed, time."),
     "eval": ("use", "Measure a bundle's quality on held-out rows, or on rows of your own."),
-    "predict": ("use", "Ask a bundle, without torch."),
+    "predict": ("predict", "Ask a bundle, without torch."),
     "chat": ("use", "Talk with a bundle, without torch."),
     "serve": ("use", "Answer programs over HTTP as OpenAI does, without torch."),
     "check": ("use", "Compare a bundle's files and golden cases with what it promises."),
@@ -119,6 +119,13 @@ class _Stopped(KeyboardInterrupt):
 def _interrupt(number: int, _: Any) -> None:
     _stopped.append(number)
     raise _Stopped
+
+
+def forget_interrupt() -> None:
+    """Go on after a Ctrl-C that stopped no more than it was meant for. Raises KeyboardInterrupt if SIGTERM came: that ends all."""
+    if signal.SIGTERM in _stopped:
+        raise _Stopped
+    _stopped.clear()
 
 
 def _end(messages: list[str], exit_code: int, error: BaseException, *, debug: bool, as_json: bool) -> None:

@@ -88,7 +88,7 @@ def export_command(
 
 def _write_app(name: str, arguments: tuple[str, ...], runs: Path, as_json: bool) -> None:
     from qft.bundle.apps import APPS, write_app
-    from qft.cli.use import open_bundle
+    from qft.cli.bundles import open_bundle
 
     if len(arguments) not in (1, 2):
         raise InputError("which folder is to be made?", hint=f"as in `qft export --app {name} OUT`")

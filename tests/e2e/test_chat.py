@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +26,12 @@ from tests.e2e.conftest import Type, as_json
 LINES = ["a fine film at home", "dull and slow", "what a joy to watch"]
 
 
+FOLDER = "runs/recipe/bundles/cpu-int4"
+
+
 @pytest.fixture(scope="module")
 def bundle(finished: Path) -> Bundle:
-    return Bundle.load(finished / "runs/recipe/bundles/cpu-int4")
+    return Bundle.load(finished / FOLDER)
 
 
 class Counting(OnnxRunner):
@@ -89,10 +99,118 @@ def test_turns_that_no_longer_fit_are_forgotten(bundle: Bundle) -> None:
 
 
 def test_chat_as_typed(finished: Path, typed: Type) -> None:
-    found = as_json(typed(finished, "qft chat --json --max-new-tokens 8", stdin="\n".join(LINES)))
+    found = as_json(typed(finished, f"qft chat {FOLDER} --json --max-new-tokens 8", stdin="\n".join(LINES)))
     assert [turn["user"] for turn in found["turns"]] == LINES
     shown = typed(finished, "qft chat --max-new-tokens 8", stdin="\n".join(LINES)).stdout.splitlines()
     assert [line.removesuffix(" …") for line in shown] == [turn["answer"] for turn in found["turns"]]
+
+
+def test_a_line_that_is_too_long_is_refused_and_the_dialogue_goes_on(finished: Path, typed: Type) -> None:
+    lines = [LINES[0], "a fine film " * 100, LINES[1]]
+    done = typed(finished, "qft chat --json --max-new-tokens 8", stdin="\n".join(lines))
+    assert [turn["user"] for turn in json.loads(done.stdout)["turns"]] == LINES[:2]
+    assert "more than the model's 256" in done.stderr
+    assert done.returncode == 2
+
+
+def test_one_bundle_is_named_at_a_time(finished: Path, typed: Type) -> None:
+    twice = typed(finished, f"qft check {FOLDER} --bundle recipe")
+    assert twice.returncode == 2
+    assert "one bundle at a time" in twice.stderr
+
+
+# `qft chat` of a model that thinks after its first token for as long as there is a file `wait`, at a terminal of its own.
+CHAT_AT_A_TERMINAL = """
+import fcntl, sys, termios, time
+from pathlib import Path
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from qft.bundle.session import OnnxRunner
+from qft.cli import main
+
+run, calls = OnnxRunner._run, []
+
+def thinking(self, *given):
+    calls.append(given)
+    while len(calls) > 1 and Path("wait").exists():
+        time.sleep(0.01)
+    return run(self, *given)
+
+OnnxRunner._run = thinking
+sys.argv = ["qft", "chat", "--max-new-tokens", "8"]
+main()
+"""
+
+
+class Terminal:
+    """A terminal with a process at it, as somebody sees and types."""
+
+    def __init__(self, screen: int, process: subprocess.Popen[bytes]) -> None:
+        self.process, self._screen, self._shown = process, screen, ""
+
+    def press(self, keys: str) -> None:
+        os.write(self._screen, keys.encode())
+
+    def until(self, text: str) -> str:
+        """What is shown until this is."""
+        end = time.monotonic() + 60
+        while text not in self._shown:
+            assert time.monotonic() < end, self._shown
+            try:
+                self._shown += os.read(self._screen, 4096).decode(errors="replace")
+            except OSError:  # nobody is at the other end
+                pytest.fail(self._shown)
+        before, _, self._shown = self._shown.partition(text)
+        return before
+
+
+@contextmanager
+def chatting(folder: Path) -> Iterator[Terminal]:
+    screen, other = os.openpty()
+    words = [sys.executable, "-c", CHAT_AT_A_TERMINAL]
+    process = subprocess.Popen(
+        words, cwd=folder, stdin=other, stdout=other, stderr=other, start_new_session=True, close_fds=True
+    )
+    os.close(other)
+    try:
+        yield Terminal(screen, process)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(screen)
+        (folder / "wait").unlink(missing_ok=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+def test_ctrl_c_stops_the_answer_and_the_chat_answers_again(finished: Path) -> None:
+    with chatting(finished) as terminal:
+        (finished / "wait").touch()
+        terminal.until("› ")
+        terminal.press(f"{LINES[0]}\n")
+        terminal.until("tive")  # positive or negative
+        terminal.press("\x03")
+        terminal.until(" …\r\n› ")
+        (finished / "wait").unlink()
+        terminal.press(f"{LINES[1]}\n")
+        terminal.until(f"{LINES[1]}\r\n")
+        assert terminal.until("\r\n› ") in ("positive", "negative")
+        terminal.press(f"{'a fine film ' * 100}\n")  # what goes wrong after a Ctrl-C is not taken for one
+        terminal.until("more than the model's 256")
+        terminal.until("› ")
+        terminal.press("\x04")
+        assert terminal.process.wait(60) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of POSIX")
+def test_a_terminated_chat_ends_within_an_answer(finished: Path) -> None:
+    with chatting(finished) as terminal:
+        (finished / "wait").touch()
+        terminal.until("› ")
+        terminal.press(f"{LINES[0]}\n")
+        terminal.until("tive")  # positive or negative
+        terminal.process.send_signal(signal.SIGTERM)
+        terminal.until("stopped")
+        assert terminal.process.wait(60) == 130
 
 
 def test_a_bundle_without_a_template_does_not_converse(bundle: Bundle, tmp_path: Path) -> None:
