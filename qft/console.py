@@ -25,6 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from qft.errors import InputError
 from qft.measure.energy import watt_hours
 from qft.measure.speed import AnySpeed, mb
 from qft.pipeline import StageEvent
@@ -36,8 +37,9 @@ err = Console(stderr=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """One JSON object on stdout; letters that it may not have are written as JSON can write any."""
+    plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    sys.stdout.write(json.dumps(value, ensure_ascii=plain) + "\n")
 
 
 class Screen:
@@ -269,10 +271,19 @@ def print_served(url: str, card: Mapping[str, Any], *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
+def given_lines() -> Iterator[str]:
+    """The lines of stdin, without empty ones. Raises InputError if they are not UTF-8."""
+    try:
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+    except UnicodeDecodeError as error:
+        hint = "save it as UTF-8 (iconv -f latin1 -t utf-8), or set PYTHONIOENCODING=latin1"
+        raise InputError(f"not UTF-8: {error.reason}", where="stdin", hint=hint) from None
+
+
 def typed_lines(mark: str) -> Iterator[str]:
     """Lines as they are typed after a mark, or those of a file on stdin, without empty ones. Ctrl-C and Ctrl-D end them."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        yield from given_lines()
         return
     while True:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import sys
 from typing import Any
@@ -81,6 +82,7 @@ def main() -> None:
     from qft.errors import QftError
 
     debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    _set_encodings()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)
     if not debug:  # an interrupt that arrives inside a destructor is no news for the user
@@ -105,6 +107,22 @@ def main() -> None:
             debug=debug,
             as_json=as_json,
         )
+
+
+def _set_encodings() -> None:
+    """Pipes and files hold UTF-8, as all that qft reads and writes does, on Windows too, where Python would take its code page.
+
+    A terminal has letters of its own, and so has who sets PYTHONIOENCODING: what is not among them becomes `?`, and ends nothing.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not hasattr(stream, "reconfigure"):  # none at all, or another program's
+            continue
+        if stream.isatty() or "PYTHONIOENCODING" in os.environ:
+            stream.reconfigure(errors="replace")
+        elif stream is sys.stdin:
+            stream.reconfigure(encoding="utf-8-sig", errors="strict")
+        else:
+            stream.reconfigure(encoding="utf-8", errors="replace")  # of a file whose name is not UTF-8
 
 
 _stopped: list[int] = []  # signals received: libraries turn an interrupt inside them into errors of their own
