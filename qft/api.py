@@ -63,9 +63,11 @@ class Bundle:
         line = asked if isinstance(asked, str) else json.dumps({"messages": list(asked)})
         kept = None if schema is None else Schema(schema, self._opened.tokenizer)
         sampled = Sampling.asked(**sampling)
-        return self._opened.answer(
-            [line], self._runner, max_new_tokens=max_new_tokens, schema=kept, sampling=sampled, stop=stop
-        )[0]
+        return next(
+            self._opened.answer(
+                [line], self._runner, max_new_tokens=max_new_tokens, schema=kept, sampling=sampled, stop=stop
+            )
+        )
 
     def classify(self, text: str, labels: Sequence[str] = ()) -> Decision | Choice:
         """A text's label and its probability. labels: what a language model chooses among; by default those it was tuned on."""

@@ -31,7 +31,7 @@ class Feeding:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Feeding:
-        """What `Bundle.predict` does with a text, without the text."""
+        """What `predictions` does with a text, without the text."""
         tokenizer, text, special = bundle.tokenizer, bundle.content(_MARK), True
         if bundle.writes and tokenizer.has_chat_template:
             system = bundle.manifest.get("system")

@@ -1,11 +1,19 @@
-"""What a line of input asks: a text, a conversation, a question with its context."""
+"""What a line of input asks: a text, a conversation, a question with its context; and the lines that rows of a file are."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from qft.data.conversations import Message, Tool, read_conversation
+from qft.data.audio import find_clip
+from qft.data.conversations import Message, Tool, read_conversation, text_of
+from qft.data.examples import around_place, column_of, fill
+from qft.data.rows import Row
 from qft.errors import InputError
+
+_ASKED = ("text", "prompt", "question", "instruction", "input", "query", "anchor", "source", "audio")
 
 
 def conversation_of(line: str) -> tuple[tuple[Message, ...], tuple[Tool, ...]]:
@@ -32,3 +40,47 @@ def question_of(line: str) -> tuple[str, str]:
             hint='a line is {"question": "…", "context": "…"}, as JSON',
         )
     return question, context
+
+
+def lines_of(rows: Sequence[Row], manifest: Mapping[str, Any], home: Path, column: str | None = None) -> list[str]:
+    """The line that asks what each row does, in the form that a bundle's task has.
+
+    column: that holds the text or the sound file; None: the recipe's, or one whose name says it. home: where paths of sound files
+    start. Raises InputError for a row without that column, a sound file that is not there, a conversation without a question.
+    """
+    known = [name for name in (manifest.get("column"), *_ASKED) if name in rows[0].values]
+    column = column or next(iter(known), manifest.get("column") or _ASKED[0])
+    return [_line_of(row, manifest, home, column) for row in rows]
+
+
+def _line_of(row: Row, manifest: Mapping[str, Any], home: Path, column: str) -> str:
+    values, task, prompt = row.values, manifest["task"], manifest.get("prompt")
+    if task == "question-answering":
+        return _json({name: text_of(column_of(row, name, "the first line")) for name in ("question", "context")})
+    if task == "text-generation" and (values.get("messages") or values.get("conversations")):
+        return _unanswered(row)
+    if task == "text-generation" and {"input", "ideal"} <= set(values):  # as OpenAI's evals keep them
+        return _unanswered(Row({"messages": values["input"]}, row.where))
+    if prompt and around_place(prompt) is None:  # of several columns
+        return fill(prompt, row)
+    if isinstance(inner := values.get("translation"), dict):  # as the hub's sets of translations have it
+        row = Row(inner, row.where)
+    text = text_of(column_of(row, column, "--column"))
+    if task == "automatic-speech-recognition":
+        return find_clip([home], text, row.where).path
+    return f"{text}\n\n{extra}" if column == "instruction" and (extra := text_of(values.get("input"))) else text
+
+
+def _unanswered(row: Row) -> str:
+    """A conversation up to its last question: rows that were learnt from end in the answer."""
+    found, tools = read_conversation(row.values, row.where)
+    messages = list(found)
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    if not messages:
+        raise InputError("nothing is asked", where=row.where, hint="a conversation needs a user's turn to be answered")
+    return _json({"messages": [message.as_dict() for message in messages], "tools": list(tools)})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

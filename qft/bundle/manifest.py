@@ -13,10 +13,10 @@ from qft.bundle.card import model_card
 from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
-from qft.bundle.embedder import Embedding, Neighbours, OnnxEmbedder, embed_all, embeddings, nearest
+from qft.bundle.embedder import Embedding, OnnxEmbedder, embeddings
 from qft.bundle.generate import Answer, Feed, Writing, tokens
 from qft.bundle.hashes import NAME, changed_files, file_hashes
-from qft.bundle.lines import conversation_of, question_of
+from qft.bundle.lines import conversation_of
 from qft.bundle.reader import Found, OnnxReader, Reading, find
 from qft.bundle.sampling import GREEDY, Sampler, Sampling
 from qft.bundle.seq2seq import OnnxNetwork, Reader, Rules, Seq2SeqRunner, SpeechReader, TextReader, speech_prompt
@@ -154,54 +154,12 @@ class Bundle:
             options["temperature"] = self.manifest["keys"]["temperature"]
         return self._kind(self.models["model"], **options)
 
-    def predict(
-        self,
-        lines: list[str],
-        runner: Any,
-        *,
-        max_new_tokens: int,
-        labels: Sequence[str] = (),
-        schema: Any = None,
-        sampling: Sampling = GREEDY,
-        stop: Sequence[str] = (),
-        among: Sequence[str] = (),
-    ) -> Sequence[Answer | Choice | Decision | Found | Embedding | Neighbours]:
-        """What the model makes of each line: a label, a vector, an answer found in a context, or one of at most max_new_tokens.
-
-        labels, schema: what a model that writes is kept to; by default to the labels that it was tuned on, if it was. among: texts
-        of which the nearest are given instead of a vector. Raises InputError for a line of another form than the task's.
-        """
-        free = schema is None and sampling == GREEDY and not stop
-        if (labels or not free) and not self.writes:
-            where = "--labels, --schema, --temperature, --stop"
-            raise InputError(f"a bundle for {self.manifest['task']} does not write", where=where)
-        if labels and not free:
-            raise InputError(
-                "a label is not sampled and has no form", where="--labels", hint="leave it or the others out"
-            )
-        if among and not self.embeds:
-            raise InputError(f"a bundle for {self.manifest['task']} compares no texts", where="--among")
-        if self.embeds:
-            return self.nearest(lines, among, runner) if among else self.embed(lines, runner)
-        if self._kind is OnnxReader:
-            return [self.find(*question_of(line), runner) for line in lines]
-        if self.transcribes:
-            return self.transcribe(lines, runner)
-        if self._kind is Seq2SeqRunner:
-            return self.translate(lines, runner, max_new_tokens=max_new_tokens)
-        if self.classifies:
-            return self.classify(lines, runner)
-        if labels or (free and self.known_labels):
-            return self.choose(lines, runner, Labels(labels or self.known_labels, self.tokenizer))
-        kept = None if schema is None else Schema(schema, self.tokenizer)
-        return self.answer(lines, runner, max_new_tokens=max_new_tokens, schema=kept, sampling=sampling, stop=stop)
-
     @property
     def reader(self) -> Reader:
         """How sound becomes features, or texts a batch of token ids."""
         return SpeechReader.load(self.folder) if self.transcribes else TextReader(self.tokenizer.pad_id)
 
-    def transcribe(self, paths: list[str], runner: Seq2SeqRunner) -> list[Answer]:
+    def transcribe(self, paths: Sequence[str], runner: Seq2SeqRunner) -> list[Answer]:
         """What is said in each sound file; long ones are cut at quiet places and put together again."""
         answers = []
         for path in paths:
@@ -218,7 +176,7 @@ class Bundle:
             (ids,) = runner.generate([Given(clip, prompt)], max_new_tokens=most, stop_ids=stops)
             yield Answer(self.tokenizer.decode(ids).strip(), ids[-1] in stops, len(ids))
 
-    def translate(self, texts: list[str], runner: Seq2SeqRunner, *, max_new_tokens: int) -> list[Answer]:
+    def translate(self, texts: Sequence[str], runner: Seq2SeqRunner, *, max_new_tokens: int) -> list[Answer]:
         """Each text's translation; of a text longer than training.max_length its beginning's."""
         start, stops, length = start_of(self.tokenizer), self.tokenizer.stop_ids, self.manifest["max_length"]
         given = [Given(source_of(self.content(text), self.tokenizer, length), start) for text in texts]
@@ -226,7 +184,7 @@ class Bundle:
         written = runner.generate(given, max_new_tokens=most, stop_ids=stops)
         return [Answer(self.tokenizer.decode(ids).strip(), ids[-1] in stops, len(ids)) for ids in written]
 
-    def classify(self, texts: list[str], runner: OnnxClassifier) -> list[Decision]:
+    def classify(self, texts: Sequence[str], runner: OnnxClassifier) -> list[Decision]:
         """Each text's label."""
         calibration, decisions = self.calibration, []
         for text in texts:
@@ -238,11 +196,6 @@ class Bundle:
     def embed(self, texts: Sequence[str], runner: OnnxEmbedder) -> list[Embedding]:
         """Each text's vector; of a text longer than training.max_length its beginning's."""
         return embeddings(runner, [self.read_ids(text) for text in texts])
-
-    def nearest(self, texts: Sequence[str], among: Sequence[str], runner: OnnxEmbedder) -> list[Neighbours]:
-        """The nearest of `among` to each text."""
-        wanted, offered = (embed_all(runner, [self.read_ids(text) for text in some]) for some in (texts, among))
-        return [nearest(vector, offered, among) for vector in wanted]
 
     def find(self, question: str, context: str, runner: OnnxReader) -> Found:
         """The answer to a question in a context of any length."""
@@ -281,22 +234,21 @@ class Bundle:
 
     def answer(
         self,
-        texts: list[str],
+        texts: Sequence[str],
         runner: OnnxRunner,
         *,
         max_new_tokens: int,
         schema: Schema | None = None,
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
-    ) -> list[Answer]:
-        """Answers, one a text, greedy unless `sampling` says otherwise; by a schema, JSON that is valid and whole."""
-        answers, feed, sampler = [], Feed(runner), Sampler(sampling)
+    ) -> Iterator[Answer]:
+        """Answers, one a text, as they are done; greedy unless `sampling` says otherwise; by a schema, JSON that is valid and whole."""
+        feed, sampler = Feed(runner), Sampler(sampling)
         for text in texts:
             prompt = self.prompt_ids(text)
             writing = self.writing(feed, prompt, sampler, max_new_tokens=max_new_tokens, schema=schema, stop=stop)
             said = "".join(writing)
-            answers.append(Answer(said, writing.ended, writing.count))
-        return answers
+            yield Answer(said, writing.ended, writing.count)
 
     def writing(
         self,
@@ -315,7 +267,7 @@ class Bundle:
             ids = schema.tokens(feed, prompt, sampler, max_new_tokens=max_new_tokens)
         return Writing(ids, self.tokenizer, stop)
 
-    def choose(self, texts: list[str], runner: OnnxRunner, labels: Labels) -> list[Choice]:
+    def choose(self, texts: Sequence[str], runner: OnnxRunner, labels: Labels) -> list[Choice]:
         """The likeliest of some labels, one a text."""
         return [labels.choose(runner, self.prompt_ids(text)) for text in texts]
 

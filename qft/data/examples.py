@@ -102,6 +102,11 @@ class Shape:
     audio: tuple[str, Sequence[Path]] | None = None
     translation: tuple[str, str] | None = None
 
+    @property
+    def asked(self) -> str:
+        """The column that holds what is asked, unless the rows' own form says it: a text, a text to translate, a sound file."""
+        return (self.audio or self.translation or (self.text_column,))[0]
+
 
 class _Empty(Exception):
     """Not an error: this row says nothing."""
@@ -115,7 +120,7 @@ def to_examples(rows: Sequence[Row], shape: Shape) -> tuple[list[Example], Count
     make = _FORMATS[name]
     bins = read_bins(shape.bins)
     if shape.group_column and not any(shape.group_column in row.values for row in rows):
-        _column(rows[0], shape.group_column)
+        column_of(rows[0], shape.group_column)
     several = name == "labels" and _several(rows, shape)
     shape = replace(shape, label_separator=shape.label_separator or ",") if several else shape
     examples: list[Example] = []
@@ -186,8 +191,8 @@ def _with_system(example: Example, system: str | None) -> Example:
     return replace(example, messages=(Message("system", system), *rest))
 
 
-def _column(row: Row, name: str, key: str = "data.columns") -> Any:
-    """key: of the recipe, that names columns."""
+def column_of(row: Row, name: str, key: str = "data.columns") -> Any:
+    """A row's value in a column. key: of the recipe, or option, that names it. Raises InputError if there is no such column."""
     if name in row.values:
         return row.values[name]
     near = difflib.get_close_matches(name, row.values, 1)
@@ -210,24 +215,24 @@ def _messages(row: Row, shape: Shape, bins: Bins) -> Example:
 
 def _prompt_completion(row: Row, shape: Shape, bins: Bins) -> Example:
     pair = next(((a, b) for a, b in _PAIRS if a in row.values and b in row.values), _PAIRS[0])
-    prompt = fill(shape.prompt, row) if shape.prompt else text_of(_column(row, pair[0]))
+    prompt = fill(shape.prompt, row) if shape.prompt else text_of(column_of(row, pair[0]))
     return Example(
-        (Message("user", prompt), Message("assistant", text_of(_column(row, pair[1])))), None, None, row.where
+        (Message("user", prompt), Message("assistant", text_of(column_of(row, pair[1])))), None, None, row.where
     )
 
 
 def _alpaca(row: Row, shape: Shape, bins: Bins) -> Example:
-    prompt = text_of(_column(row, "instruction"))
+    prompt = text_of(column_of(row, "instruction"))
     if extra := text_of(row.values.get("input")):
         prompt = f"{prompt}\n\n{extra}"
     return Example(
-        (Message("user", prompt), Message("assistant", text_of(_column(row, "output")))), None, None, row.where
+        (Message("user", prompt), Message("assistant", text_of(column_of(row, "output")))), None, None, row.where
     )
 
 
 def _qa(row: Row, shape: Shape, bins: Bins) -> Example:
     for name in ("question", "context"):
-        _column(row, name)
+        column_of(row, name)
     passage = read_passage(row.values, row.where)
     if not passage.question or not passage.context.strip():
         raise _Empty
@@ -239,19 +244,19 @@ def _qa(row: Row, shape: Shape, bins: Bins) -> Example:
 
 def _text(row: Row, shape: Shape, bins: Bins) -> Example:
     """A column that holds a list of texts, as poems and books are often kept, has a line for each."""
-    value = _column(row, shape.text_column)
+    value = column_of(row, shape.text_column)
     lines = value if isinstance(value, list) and all(isinstance(line, str) for line in value) else [text_of(value)]
     return Example((), "\n".join(lines), None, row.where)
 
 
 def _labels(row: Row, shape: Shape, bins: Bins) -> Example:
-    value = _column(row, shape.label_column)
+    value = column_of(row, shape.label_column)
     if shape.label_separator:
         parts = value if isinstance(value, list) else text_of(value).split(shape.label_separator)
         labels = tuple(dict.fromkeys(part for part in (text_of(part).strip() for part in parts) if part))
     else:
         labels = (bin_of(value, bins, row.where) if bins else text_of(value),)
-    label, text = ", ".join(labels), text_of(_column(row, shape.text_column))
+    label, text = ", ".join(labels), text_of(column_of(row, shape.text_column))
     prompt = fill(shape.prompt, row) if shape.prompt and text.strip() else text
     return Example((Message("user", prompt), Message("assistant", label)), None, label, row.where, labels)
 
@@ -261,7 +266,7 @@ def _speech(row: Row, shape: Shape, bins: Bins) -> Example:
     if shape.audio is None:
         raise InputError("data.format: speech is for task automatic-speech-recognition", where="data.format")
     column, folders = shape.audio
-    path, text = text_of(_column(row, column)), text_of(_column(row, shape.text_column))
+    path, text = text_of(column_of(row, column)), text_of(column_of(row, shape.text_column))
     messages = (Message("user", path), Message("assistant", text))
     return Example(messages, None, None, row.where, clip=find_clip(folders, path, row.where))
 
@@ -272,18 +277,18 @@ def _translation(row: Row, shape: Shape, bins: Bins) -> Example:
         raise InputError("data.format: translation is for tasks translation and text-generation", where="data.format")
     inner = row.values.get("translation")
     row = Row(inner, row.where) if isinstance(inner, dict) else row
-    source, target = (text_of(_column(row, name, key)) for name, key in zip(shape.translation, _SIDES, strict=True))
+    source, target = (text_of(column_of(row, name, key)) for name, key in zip(shape.translation, _SIDES, strict=True))
     asked = fill(shape.prompt, row) if shape.prompt and source.strip() else source
     return Example((Message("user", asked), Message("assistant", target)), None, None, row.where)
 
 
 def _evals(row: Row, shape: Shape, bins: Bins) -> Example:
     """As OpenAI's evals keep them: messages in `input`, the answer (or the first of several) in `ideal`."""
-    ideal = _column(row, "ideal")
+    ideal = column_of(row, "ideal")
     value = ideal[0] if isinstance(ideal, list) and ideal else ideal
     label = bin_of(value, bins, row.where) if bins else text_of(value)
     answer = {"role": "assistant", "content": label}
-    asked = _messages(Row({"messages": [*_column(row, "input"), answer]}, row.where), shape, bins)
+    asked = _messages(Row({"messages": [*column_of(row, "input"), answer]}, row.where), shape, bins)
     return replace(asked, label=label, labels=(label,))
 
 
@@ -309,7 +314,7 @@ def fill(template: str, row: Row) -> str:
     def place(match: re.Match[str]) -> str:
         if match[0] in ("{{", "}}"):
             return match[0][0]
-        return text_of(_column(row, match[1]))
+        return text_of(column_of(row, match[1]))
 
     return _PLACES.sub(place, template)
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from qft.bundle.manifest import Bundle
+from qft.bundle.predict import predictions
 from qft.errors import InputError, QftError
 from qft.serve.errors import ApiError, api_error
 from qft.serve.forms import ChatAsked, CompletionAsked, QuestionAsked, TextsAsked
@@ -161,7 +162,9 @@ def _tasks(app: FastAPI, service: Service) -> None:
     @app.post("/classify")
     async def classify(asked: TextsAsked, request: Request) -> dict[str, Any]:
         service.fits("/classify", asked.model)
-        return await each(request, (bundle.predict([text], runner, max_new_tokens=0)[0] for text in asked.texts))
+        return await each(
+            request, (next(predictions(bundle, [text], runner, max_new_tokens=0)) for text in asked.texts)
+        )
 
     @app.post("/translate")
     async def translate(asked: TextsAsked, request: Request) -> dict[str, Any]:

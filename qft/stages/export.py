@@ -19,6 +19,7 @@ from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages import prepare, tune
 from qft.stages.job import Job, task_keys
+from qft.stages.prepare import shape_of
 from qft.tasks.registry import find_task
 
 NEEDS = ("prepare", "merge")
@@ -94,6 +95,7 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         max_length=recipe.training.max_length,
         prompt=recipe.data.prompt,
         prompt_column=facts.prompt_column,
+        column=facts.prompt_column or shape_of(recipe, ()).asked,
         system=recipe.data.system,
         inputs=[i.name for i in session.get_inputs()],
         outputs=[o.name for o in session.get_outputs()],

@@ -81,6 +81,11 @@ def test_predict_eval_check_and_report(classified: Path, typed: Type) -> None:
     assert len(found) == 2
     assert {answer["text"] for answer in found} <= {"positive", "negative"}
     assert typed(classified, "qft predict", stdin="\n".join(lines)).stdout.count("\n") == 2
+    wrote = as_json(typed(classified, "qft predict --rows reviews.jsonl --out said.jsonl --json"))
+    rows = [json.loads(line) for line in (classified / "said.jsonl").read_text().splitlines()]
+    assert wrote == {"out": "said.jsonl", "rows": len(rows)}
+    said = {row["text"]: row["predicted"] for row in rows}
+    assert [{"input": line, **said[line]} for line in lines] == found
     manifest = json.loads((classified / INT4 / "qft.json").read_text())
     again = as_json(typed(classified, "qft eval --json"))["quality"]
     assert again["loss"] == pytest.approx(manifest["quality"]["loss"], abs=1e-6)

@@ -110,6 +110,10 @@ def test_predict_finds_the_place_in_the_context(reading: Path, typed: Type) -> N
     right = sum(answer["text"] == row["answers"]["text"][0] for answer, row in zip(found, rows, strict=True))
     assert right >= 10
     assert typed(reading, "qft predict", stdin=lines).stdout.count("\n") == 20
+    (reading / "asked.jsonl").write_text(lines)
+    typed(reading, "qft predict --rows asked.jsonl --out found.jsonl")
+    written = [json.loads(line) for line in (reading / "found.jsonl").read_text("utf-8").splitlines()]
+    assert [{"input": line, **row["predicted"]} for line, row in zip(lines.splitlines(), written, strict=True)] == found
     plain = typed(reading, "qft predict", stdin="Where was it?")
     assert plain.returncode == 2
     assert '{"question": "…", "context": "…"}' in plain.stderr

@@ -97,6 +97,8 @@ def test_predict_eval_and_check(spoken: Path, typed: Type) -> None:
 
     found = as_json(typed(spoken, "qft predict sounds/0-0.wav sounds/0-2.wav --json"))["answers"]
     assert [answer["input"] for answer in found] == ["sounds/0-0.wav", "sounds/0-2.wav"]
+    (spoken / "sounds/two.csv").write_text("audio\n0-0.wav\n0-2.wav\n")
+    assert as_json(typed(spoken, "qft predict --rows sounds/two.csv --json"))["answers"] == found
     soundfile.write(spoken / "long.wav", np.random.default_rng(0).normal(0, 0.1, 5 * RATE), RATE)
     assert as_json(typed(spoken, "qft predict long.wav --json"))["answers"][0]["tokens"] >= 3  # three windows
     manifest = json.loads((spoken / INT4 / "qft.json").read_text())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,36 @@ def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     assert len(lines) == 2
     assert {line.split()[0] for line in lines} <= {"positive", "negative"}
     assert all(line.endswith("%") for line in lines)
+
+
+def test_rows_of_a_file_are_answered_into_another(finished: Path, typed: Type) -> None:
+    (finished / "new.csv").write_text('id,text\n7,"dull, and slow"\n8,great acting — 好\n', "utf-8")
+    done = typed(finished, "qft predict --rows new.csv --out answers/new.jsonl")
+    assert (done.returncode, done.stdout) == (0, "answers/new.jsonl: 2 rows\n"), done.stderr
+    rows = [json.loads(line) for line in (finished / "answers/new.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["id"], row["text"]) for row in rows] == [("7", "dull, and slow"), ("8", "great acting — 好")]
+    (same,) = as_json(typed(finished, "qft predict --json", stdin="dull, and slow"))["answers"]
+    assert {"input": "dull, and slow", **rows[0]["predicted"]} == same
+    for line, words in (
+        ("qft predict --rows new.csv --out new.csv", "new.jsonl"),
+        ("qft predict --rows new.csv text", "not both"),
+        ("qft predict --rows new.csv --column txt --out none.jsonl", "did you mean 'text'?"),
+    ):
+        done = typed(finished, line)
+        assert done.returncode == 2
+        assert words in done.stderr
+    assert not (finished / "none.jsonl").exists()
+    assert sorted(path.name for path in (finished / "answers").iterdir()) == ["new.jsonl"]
+
+
+def test_lines_on_stdin_are_utf_8_with_or_without_a_mark(finished: Path) -> None:
+    words = [sys.executable, "-m", "qft", "predict", "--json"]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for stdin, code in (("\ufeffgreat acting — 好\n".encode(), 0), ("café\n".encode("latin-1"), 2)):
+        done = subprocess.run(words, cwd=finished, env=environment, input=stdin, capture_output=True, check=False)
+        assert done.returncode == code, done.stderr
+        said = json.loads(done.stdout.decode("utf-8"))
+        assert said["answers"][0]["input"] == "great acting — 好" if code == 0 else "not UTF-8" in said["error"][0]
 
 
 def test_check_finds_a_changed_and_a_foreign_file(finished: Path, typed: Type) -> None:
