@@ -109,6 +109,17 @@ def test_numbers_and_dates_are_no_labels_but_ratings_are_pointed_out() -> None:
     assert "day" not in found.because
 
 
+def test_a_column_that_nearly_always_says_the_same_is_not_the_label(reviews: list[dict[str, str]]) -> None:
+    country = ["USA"] * (len(reviews) - 2) + ["Palau", "Guam"]
+    for signs in (("good", "bad", "mixed", "odd"), ("1", "2", "3", "4")):
+        rows = rows_of(
+            name=[row["text"] for row in reviews], country=country, kind=[signs[n % 4] for n in range(len(reviews))]
+        )
+        (first, *_) = guesses(rows)
+        assert first.data["label_column"] == "kind"
+        assert "'country' could be the label too" in first.because
+
+
 def test_a_folder_of_tables_and_texts_is_not_guessed_at(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\na b\n")
     (tmp_path / "b.txt").write_text("a b\n")

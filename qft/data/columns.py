@@ -21,6 +21,7 @@ _MOST_LABELS = 500
 _MOST_LABEL_WORDS = 6
 _MOST_RATINGS = 20
 _LANGUAGE_TEXTS = 400
+_ONE_SIDED = 0.97
 _SEPARATORS = (",", ";", "|")
 
 
@@ -97,6 +98,11 @@ class Column:
             and self.words <= _MOST_LABEL_WORDS
             and not (self.sounds or self.dates)
         )
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether nearly all rows have one value, so that there is little to learn."""
+        return max(self.counts.values(), default=0) > _ONE_SIDED * len(self.texts)
 
     def parts(self, separator: str) -> list[str]:
         """Labels of all rows, where a row may have several; empty if the values are no lists of texts."""

@@ -188,8 +188,8 @@ def _several(column: Column) -> str | None:
     return None if column.nested or column.numeric or column.words > 12 else column.separator
 
 
-def _unlikely_label(column: Column) -> tuple[bool, int]:
-    return column.numeric, len(column.counts)
+def _unlikely_label(column: Column) -> tuple[bool, bool, int]:
+    return column.one_sided, column.numeric, len(column.counts)
 
 
 def _plain(columns: Sequence[Column], rows: Sequence[Row]) -> list[Guess]:
