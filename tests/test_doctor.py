@@ -15,12 +15,14 @@ from qft.device import Device
 from qft.measure.trials import trials
 
 
-def doctor(*shadowing: Path, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
+def doctor(
+    *shadowing: Path, cache: Path | None = None, words: str = "doctor --json"
+) -> subprocess.CompletedProcess[str]:
     """In a process of its own, with folders whose modules stand before the installed ones."""
     path = os.pathsep.join([*map(str, shadowing), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent.parent)])
     environment = {**os.environ, "PYTHONPATH": path, **({"QFT_CACHE": str(cache)} if cache else {})}
     return subprocess.run(
-        [sys.executable, "-m", "qft", "doctor", "--json"], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-m", "qft", *words.split()], capture_output=True, text=True, env=environment, check=False
     )
 
 
@@ -28,6 +30,25 @@ def test_what_is_tried_works_here() -> None:
     done = list(trials())
     assert [trial.problem for trial in done] == [""] * 4
     assert all(trial.seconds > 0 for trial in done)
+
+
+def test_where_all_works_the_last_word_is_ready() -> None:
+    done = doctor(words="doctor")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-1] == "ready"
+    assert done.stdout.count("✓") == 4
+
+
+def test_an_installation_that_cannot_export_is_not_called_ready(tmp_path: Path) -> None:
+    (tmp_path / "optimum").mkdir()
+    (tmp_path / "optimum/__init__.py").write_text("")  # as where optimum is there, and optimum-onnx was written over
+    done = doctor(tmp_path, words="doctor")
+    assert done.returncode == 1
+    assert "✗" in next(line for line in done.stdout.splitlines() if "one export, by optimum" in line)
+    assert done.stdout.count("✓") == 3
+    told = done.stdout.partition("not ready:\n")[2]
+    assert "No module named 'optimum.exporters'" in told
+    assert "pip install --force-reinstall --no-deps optimum==" in told.splitlines()[-1]
 
 
 def test_a_library_that_cannot_be_loaded_is_named_with_what_to_type(tmp_path: Path) -> None:
