@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ def test_the_wheel_runs_a_shipped_recipe_from_an_empty_folder(tmp_path: Path) ->
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
+    assert (
+        "qft/py.typed" in zipfile.ZipFile(wheel).namelist()
+    )  # without it a type checker of who installs qft sees none
     home, empty = tmp_path / "venv", tmp_path / "empty"
     empty.mkdir()
     venv.create(home, with_pip=True)
