@@ -19,7 +19,7 @@ from qft.bundle.generate import Answer
 from qft.bundle.reader import Found
 from qft.bundle.sampling import Sampling
 from qft.errors import InputError
-from qft.progress import OnProgress, silent
+from qft.progress import OnProgress
 
 if TYPE_CHECKING:
     from qft.measure.quality import Quality
@@ -122,14 +122,18 @@ def run(
     recipe: str | PathLike[str] | Mapping[str, Any] | Recipe,
     *changes: str,
     runs: str | PathLike[str] = "runs",
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress | None = None,
 ) -> Result:
     """Do what `qft run RECIPE KEY=VALUE …` does. recipe: a file, or keys, whose paths then start from the current folder.
 
-    What is done already is skipped. runs: the folder of run folders. Raises InputError for what is wrong with the recipe or the
-    rows, StageError for a stage that fails or a limit that is not kept; bundles and report are then there nonetheless.
+    What is done already is skipped. runs: the folder of run folders. on_progress: is told how far it is, and nothing is shown
+    (`qft.progress.silent`: nobody is told); by default that is seen as with `qft run`, in a notebook as plain lines.
+
+    Raises InputError for what is wrong with the recipe or the rows, StageError for a stage that fails or a limit that is not
+    kept; bundles and report are then there nonetheless.
     """
     from qft import pipeline
+    from qft.console import Screen
     from qft.libraries import quiet
     from qft.paths import find_recipe
     from qft.recipe import Recipe
@@ -144,8 +148,10 @@ def run(
         keys = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else recipe
         loaded = check_recipe(json.dumps(dict(keys), indent=2, ensure_ascii=False), Path("recipe.yaml"), changes)
     folder = RunFolder(Path(runs) / loaded.recipe.name)
-    with pipeline.working(loaded, loaded.path.resolve(), folder, on_progress) as job:
-        pipeline.run(job)
+    screen = Screen(quiet=on_progress is not None)
+    told = on_progress or screen.on_progress
+    with screen.shown(), pipeline.working(loaded, loaded.path.resolve(), folder, told) as job:
+        pipeline.run(job, on_stage=screen.on_stage)
         quality = {step.name: step.quality for step in summarize(job).waterfall}
     bundles = {target: folder.bundle(target) for target in loaded.recipe.export.targets}
     return Result(folder.root, folder.report, bundles, quality)

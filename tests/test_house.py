@@ -59,8 +59,8 @@ LEVELS = [
     ["tasks", "report", "runfolder"],
     ["stages"],
     ["pipeline"],
-    ["api"],
     ["console"],
+    ["api"],
     ["cli"],
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import qft
 from qft.bundle.constrained import Labels
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle
 from qft.cli.options import made_job
 from qft.files import sha256_file
+from qft.progress import silent
 from qft.runfolder import RunFolder
 from qft.stages.carried import carried
 from tests.e2e.conftest import Type, as_json
@@ -163,6 +165,16 @@ def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished
         Runner(), from_manifest(bundle.manifest), folder=bundle.folder, stop_ids=bundle.tokenizer.stop_ids
     )
     assert agreement.agrees, agreement
+
+
+def test_a_python_program_shows_how_far_a_run_is_unless_it_is_told(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished)
+    qft.run("recipe.yaml")
+    assert re.search(r"prepare +done before", capfd.readouterr().err)
+    qft.run("recipe.yaml", on_progress=silent)
+    assert capfd.readouterr().err == ""
 
 
 def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
