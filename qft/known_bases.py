@@ -13,6 +13,9 @@ from qft.recipe_yaml import read_yaml
 # most of them at export. MiniLM 2.0 GB (measured 1.6 to 2.8), SmolLM2 6.0 (4.0 to 5.8), Gemma 10.9 (8.7 to 10.9).
 _LIBRARIES_BYTES = 1_200_000_000
 _BYTES_A_WEIGHT = 36
+# Of a step on adapters, a weight and token: two on the way forth and two back. SmolLM2 learns 654 tokens a second where products of
+# float32 make 350 GFLOP/s, which is as many; rows of few tokens, embeddings and processors without bfloat16 change it twofold.
+_OPERATIONS = 4
 
 
 class KnownBase(BaseModel):
@@ -38,6 +41,10 @@ class KnownBase(BaseModel):
     def run_bytes(self) -> int:
         """Predicted peak memory of a run."""
         return run_bytes(self.millions * 1e6)
+
+    def learning_seconds(self, tokens: int, operations_per_second: float) -> float:
+        """A guess at what learning so many tokens takes on a processor whose float32 products are as fast (`product_speed`)."""
+        return _OPERATIONS * self.millions * 1e6 * tokens / operations_per_second
 
     def knows(self, *languages: str) -> bool:
         """Whether it was trained on all of these."""

@@ -47,6 +47,24 @@ def test_predicted_memory_is_near_what_the_shipped_recipes_took() -> None:
     assert measured >= 6
 
 
+def test_minutes_are_guessed_from_the_weights_and_this_processor() -> None:
+    listed = json.loads(models("--json").stdout)
+    speed = listed["product_operations_per_second"]
+    assert 1e9 < speed < 1e14
+    small, large = (
+        next(b for b in listed["models"] if b["name"].startswith(name)) for name in ("all-MiniLM", "Gemma 3")
+    )
+    ratio = large["guessed_learning_seconds"] / small["guessed_learning_seconds"]
+    assert ratio == pytest.approx(large["millions"] / small["millions"])
+    base = next(base for base in known_bases() if base.name.startswith("SmolLM2-135M"))
+    assert listed["tokens"] / base.learning_seconds(listed["tokens"], 350e9) == pytest.approx(654, rel=0.05)  # README's
+    said = " ".join(models("--memory", "7GB").stdout.split())
+    assert "a guess from the weights" in said
+    minutes = [float(found) for found in re.findall(r"about ([\d.]+) min to learn", said)]
+    assert len(minutes) >= 5
+    assert max(minutes) > min(minutes) >= 0
+
+
 def test_what_fits_task_language_and_memory() -> None:
     listed = json.loads(models("--task", "question-answering", "--language", "zh", "--memory", "5GB", "--json").stdout)
     assert [base["id"] for base in listed["models"]] == ["google-bert/bert-base-chinese"]

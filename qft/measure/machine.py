@@ -29,6 +29,7 @@ _PACKAGES = (
     "onnxruntime",
     "tokenizers",
 )
+_SIDE, _PRODUCT_SECONDS = 768, 0.2
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,17 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def product_speed() -> float:
+    """Operations a second of float32 products by numpy, on all cores; by processor time, so that other work does not count."""
+    square = np.random.default_rng(0).standard_normal((_SIDE, _SIDE), dtype=np.float32)
+    square @ square
+    began, count = time.process_time(), 0
+    while (seconds := time.process_time() - began) < _PRODUCT_SECONDS:
+        square @ square
+        count += 1
+    return 2 * _SIDE**3 * count / seconds * machine().physical_cores
 
 
 def memory_bandwidth(*, threads: int, mebibytes: int = 256, trials: int = 5) -> float:
