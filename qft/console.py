@@ -163,7 +163,9 @@ def _quality(quality: dict[str, Any]) -> str:
 
 
 def print_summary(summary: Summary) -> None:
-    """The waterfall, what ships, and where to look."""
+    """The waterfall, what ships, where to look, and what to type next."""
+    from qft.bundle.apps import APPS  # here: it brings onnxruntime, whose absence the doctor has to be able to tell
+
     if summary.waterfall:
         out.print(_waterfall_table(summary))
     if summary.speeds:
@@ -172,10 +174,16 @@ def print_summary(summary: Summary) -> None:
         out.print(f"{percent(summary.survived_percent)} of what tuning took off the loss has survived in what ships")
     peak = max(summary.stage_memory_bytes.values(), default=0)
     out.print(f"{summary.seconds:.0f} s in all, peak memory {mb(peak)}, {watt_hours(summary.energy)}")
-    if summary.headline_target in summary.sizes:
-        out.print(f"bundle   {summary.run_folder}/bundles/{summary.headline_target}", soft_wrap=True)
+    bundle = (
+        f"{summary.run_folder}/bundles/{summary.headline_target}" if summary.headline_target in summary.sizes else ""
+    )
+    if bundle:
+        print_line(f"bundle   {bundle}")
     if (report := Path(summary.run_folder, "report.html")).exists():
-        out.print(f"report   {report}", soft_wrap=True)
+        print_line(f"report   {report}")
+    if bundle:
+        page = f"   or: qft export --app web {bundle} page" if summary.task in APPS["web"].tasks else ""
+        print_line(f"next     qft predict --bundle {bundle}{page}")
 
 
 def _waterfall_table(summary: Summary) -> Table:

@@ -177,6 +177,11 @@ def test_a_python_program_shows_how_far_a_run_is_unless_it_is_told(
     assert capfd.readouterr().err == ""
 
 
+def test_a_run_ends_in_what_to_type_next(finished: Path, typed: Type) -> None:
+    *_, last = typed(finished, "qft run recipe.yaml").stdout.splitlines()
+    assert last == f"next     qft predict --bundle {INT4}   or: qft export --app web {INT4} page"
+
+
 def test_predict_answers_with_a_label(finished: Path, typed: Type) -> None:
     found = as_json(typed(finished, "qft predict --json I-loved-every-minute"))
     assert found["answers"][0]["text"] in ("positive", "negative")
