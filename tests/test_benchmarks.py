@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 from benchmarks import encoders, runtime, speech
 from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
+from benchmarks.gpu import peers
+from benchmarks.gpu import run as gpu
+from benchmarks.gpu.model import Setting
 from benchmarks.moved import off_grid
 from benchmarks.quantization import QUICK, SETS, _with_rate, gap, is_current, points, promised, table
 from benchmarks.rounding_rows import MOVED
@@ -249,7 +253,6 @@ def test_speech_is_measured_in_how_many_times_real_time_it_is() -> None:
     assert set(found.values()) == {1, 4}
 
 
-@pytest.mark.slow
 def test_the_script_for_cards_runs_dry() -> None:
     """Every part, on a tiny model on this processor: what it would do on a card, but for the card."""
     root = Path(__file__).parent.parent
@@ -263,8 +266,58 @@ def test_the_script_for_cards_runs_dry() -> None:
     )
     assert done.returncode == 0, done.stderr
     parts = json.loads(done.stdout)["parts"]
-    assert set(parts) == {"nf4_gradients", "paged_optimizer", "loss_kernel", "attention_kernel", "decode", "training",
-                          "training_1b"}  # fmt: skip
+    assert set(parts) == {
+        "nf4_gradients", "paged_optimizer", "loss_kernel", "attention_kernel", "decode", "training", "training_1b", "trl", "trl_1b",
+        "unsloth", "unsloth_1b",
+    }  # fmt: skip
     assert all(part["passed"] for part in parts.values())
     assert parts["training"]["qft"]["tokens_per_second"] > 0
     assert parts["loss_kernel"]["float32"]["loss_error"] < 1e-4
+
+
+def test_a_part_on_a_card_has_a_process_of_its_own_and_no_more_than_what_is_left_of_ten_minutes() -> None:
+    words = ["--device", "cpu", "--part", "loss_kernel"]
+    found = gpu.one(words, until=time.monotonic() + 300)
+    assert found["passed"]
+    assert found["seconds"] > 0
+    assert gpu.one(words, until=time.monotonic() + 0.2) == {"passed": False, "error": "took more than 0.2 s"}
+    assert gpu.one(words, until=time.monotonic() + 300, part_seconds=0.1)["error"] == "took more than 0.1 s"
+    assert "not begun" in gpu.one(words, until=time.monotonic() - 1)["error"]
+    assert "no_such_part" in gpu.one(["--part", "no_such_part"], until=time.monotonic() + 300)["error"]
+
+
+def test_what_a_peer_cannot_do_is_reported_and_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel image is available for this card")
+
+    monkeypatch.setattr(peers, "load", load)
+    found = peers.trl(Setting.of("cpu"))
+    assert found == {"passed": True, "not_measured": "RuntimeError: no kernel image is available for this card"}
+
+
+def test_a_card_keeps_one_row_and_leaves_other_cards_theirs(tmp_path: Path) -> None:
+    def figures(card: str, speed: float) -> dict[str, Any]:
+        parts = {"training": {"passed": True, "qft": {"tokens_per_second": speed, "peak_bytes": 2e9}},
+                 "trl_1b": {"passed": True, "tokens_per_second": 1234.0}, "loss_kernel": {"passed": False}}  # fmt: skip
+        return {"device": f"{card} (cuda, compute capability 8.9), 7.1 of 8.0 GB free", "torch": "2.11", "parts": parts}
+
+    laptop, desktop = "NVIDIA GeForce RTX 4060 Laptop GPU", "NVIDIA GeForce RTX 4060"
+    path = gpu.keep(figures(laptop, 1111), tmp_path)
+    gpu.keep(figures(desktop, 2222), tmp_path)  # its name begins as the laptop's does
+    assert gpu.keep(figures(laptop, 3333), tmp_path) == path == tmp_path / "nvidia-geforce-rtx-4060-laptop-gpu.json"
+    assert json.loads(path.read_text())["parts"]["training"]["qft"]["tokens_per_second"] == 3333
+    _, _, head, _, *rows = (tmp_path / "README.md").read_text().splitlines()
+    assert [line.count("|") for line in rows] == [head.count("|")] * 2
+    assert [("2,222" in line, "3,333" in line) for line in rows] == [(True, False), (False, True)]
+    assert "–, 1,234" in rows[0]
+    assert rows[0].endswith("| 2.00 GB, – | –, – | –, – | –, – | 2 of 3 |")
+
+
+def test_the_wheels_to_bring_are_named_with_their_sizes_and_hold_all_that_the_script_asks_for() -> None:
+    lines = (Path(__file__).parent.parent / "benchmarks/gpu/wheels.txt").read_text().splitlines()
+    sizes = {words[0].partition("==")[0]: float(words[2]) for line in lines if (words := line.split())[0] != "#"}
+    assert max(sizes.values()) < 60
+    assert {"torch", "transformers", *sizes} >= set(gpu.NEEDED)
+    (command,) = [line for line in lines if "pip download" in line]
+    # bitsandbytes, pydantic-core, psutil and pyarrow each have another tag.
+    assert {"manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64"} <= set(command.split())

@@ -5,10 +5,8 @@ Each takes a `Setting` and returns numbers; `passed` is false if what must hold 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,43 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import peers
+from benchmarks.gpu.model import Setting, checkpoint, examples, peak, reset_peak, step_seconds, timed, wait
 from qft.base_model import load
-from qft.data.encode import Encoded
 from qft.device import accelerator, compute_type, processor, sdpa_backend
 from qft.device_memory import ModelSize, Tuning, tuning_bytes
 from qft.kernels.loss import HeadLoss
-from qft.libraries import quiet
 from qft.training.causal import CausalForward
 from qft.training.loop import Schedule, fine_tuning, train
 from qft.training.lora import Lora, trainable
 
-_WARM_UP = 2  # steps and tokens that are not counted
 _KERNELS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}  # torch.nn.attention.SDPBackend
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The model's sizes, with random weights, and the work. small: on a processor, to see that everything runs."""
-
-    device: str
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    groups: int
-    words: int
-    rows: int
-    tokens: int
-    steps: int
-
-    @classmethod
-    def of(cls, device: str, *, model: str = "135M") -> Setting:
-        """SmolLM2's sizes (135M) or Llama 3.2's (1B) on a card, a few thousand weights on a processor."""
-        if device == "cpu":
-            return cls(device, 2, 64, 160, 4, 2, 512, 2, 32, 4)
-        if model == "1B":
-            return cls(device, 16, 2048, 8192, 32, 8, 128256, 2, 512, 6)
-        return cls(device, 30, 576, 1536, 9, 3, 49152, 8, 512, 12)
 
 
 def nf4_gradients(setting: Setting) -> dict[str, Any]:
@@ -95,15 +67,11 @@ def paged_optimizer(setting: Setting) -> dict[str, Any]:
 
 
 def training(setting: Setting) -> dict[str, Any]:
-    """Tokens a second and peak memory of qft's loop and, where it installs, of TRL's; the plan beside the peak."""
+    """Tokens a second and peak memory of qft's loop; the plan beside the peak."""
     with checkpoint(setting) as folder:
         ours = _run(folder, setting, setting.device)
         planned = tuning_bytes(ModelSize.of(folder), Tuning("nf4", True, 16, setting.rows, setting.tokens))
-        found: dict[str, Any] = {"qft": ours, "planned_bytes": planned}
-        try:
-            found["trl"] = _trl(folder, setting)
-        except ImportError as error:
-            found["trl"] = f"not measured: {error}"
+    found: dict[str, Any] = {"qft": ours, "planned_bytes": planned}
     if ours["peak_bytes"]:
         found["planned_vs_peak"] = planned / ours["peak_bytes"]
     found["passed"] = not ours["peak_bytes"] or 1 / 1.5 < found["planned_vs_peak"] < 1.6
@@ -118,7 +86,7 @@ def training_1b(setting: Setting) -> dict[str, Any]:
 def _run(folder: Path, setting: Setting, device: str, *, optimizer: str = "adamw", steps: int = 0, r: int = 16) -> Any:
     """qft's own loop on random rows: tokens a second, the peak of the card's memory (0 on a processor), the last loss."""
     steps = steps or setting.steps
-    _reset_peak(device)
+    reset_peak(device)
     base = load(folder, base="nf4", double_quant=True, compute_dtype="auto", longest=setting.tokens, device=device)
     model = Lora(r=r, alpha=32, seed=0).attach(base)
     schedule = Schedule(
@@ -136,7 +104,7 @@ def _run(folder: Path, setting: Setting, device: str, *, optimizer: str = "adamw
     moments: list[float] = []
 
     def look(_: Any) -> None:
-        _wait(device)
+        wait(device)
         moments.append(time.perf_counter())
 
     scaled = compute_type("auto", device) == torch.float16
@@ -145,45 +113,8 @@ def _run(folder: Path, setting: Setting, device: str, *, optimizer: str = "adamw
               folder=Path(place), metrics=Path(place) / "metrics.jsonl", plan="", optimizer=optimizer, loss_scaling=scaled,
               on_progress=look)  # fmt: skip
         loss = CausalForward(0).validate(model, examples(setting, 2), 2).loss
-    seconds = statistics.median(b - a for a, b in zip(moments[_WARM_UP - 1 :], moments[_WARM_UP:], strict=False))
-    return {"tokens_per_second": setting.rows * setting.tokens / seconds, "peak_bytes": _peak(device), "loss": loss}
-
-
-def _trl(folder: Path, setting: Setting) -> dict[str, Any]:
-    """TRL's SFTTrainer on rows of the same length, with an adapter on the same base."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    _reset_peak(setting.device)
-    dtype = compute_type("auto", setting.device)
-    model = load(folder, base="nf4", double_quant=True, compute_dtype="auto", device=setting.device)
-    rows = [{"input_ids": list(e.input_ids)} for e in examples(setting, setting.rows * setting.steps)]
-    moments: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            _wait(setting.device)
-            moments.append(time.perf_counter())
-
-    with TemporaryDirectory() as place:
-        keys = SFTConfig(output_dir=place, per_device_train_batch_size=setting.rows, num_train_epochs=1, report_to=[],
-                         save_strategy="no", disable_tqdm=True, logging_strategy="no", use_cpu=setting.device == "cpu",
-                         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, max_length=None,
-                         gradient_checkpointing=False)  # fmt: skip
-        adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        SFTTrainer(model=model, args=keys, train_dataset=Dataset.from_list(rows), peft_config=adapter, callbacks=[Clock()],
-                   processing_class=PreTrainedTokenizerFast(tokenizer_object=_tokenizer(setting), pad_token="0",
-                                                            eos_token="1")).train()  # fmt: skip
-    seconds = statistics.median(b - a for a, b in zip(moments[_WARM_UP - 1 :], moments[_WARM_UP:], strict=False))
-    return {"tokens_per_second": setting.rows * setting.tokens / seconds, "peak_bytes": _peak(setting.device)}
-
-
-def _tokenizer(setting: Setting) -> Any:
-    from tokenizers import Tokenizer, models
-
-    return Tokenizer(models.WordLevel({str(number): number for number in range(setting.words)}, unk_token="0"))
+    seconds = step_seconds(moments)
+    return {"tokens_per_second": setting.rows * setting.tokens / seconds, "peak_bytes": peak(device), "loss": loss}
 
 
 def loss_kernel(setting: Setting) -> dict[str, Any]:
@@ -206,11 +137,11 @@ def loss_kernel(setting: Setting) -> dict[str, Any]:
         assert y.grad is not None
         error = abs(ours.item() / exact.item() - 1)
         gradient = float((x.grad.double() - y.grad).norm() / y.grad.norm())
-        plain = _timed(
+        plain = timed(
             lambda x=x, w=w: torch.nn.functional.cross_entropy(x @ w.t(), targets, reduction="sum").backward(),
             setting.device,
         )  # type: ignore[misc]
-        fast = _timed(lambda x=x, w=w: HeadLoss.apply(x, w, targets, 0.0).backward(), setting.device)  # type: ignore[misc]
+        fast = timed(lambda x=x, w=w: HeadLoss.apply(x, w, targets, 0.0).backward(), setting.device)  # type: ignore[misc]
         name = str(dtype).removeprefix("torch.")
         found[name] = {"loss_error": error, "gradient_error": gradient, "speed_vs_torch": plain / fast}
         found["passed"] = found["passed"] and error < most and gradient < 2 * most
@@ -233,15 +164,16 @@ def attention_kernel(setting: Setting) -> dict[str, Any]:
     return {**found, "passed": all(one["taken"] == one["named"] for one in found.values())}
 
 
-def speech_of_tokens(setting: Setting) -> dict[str, Any]:
-    """Prefill and decode of the model in torch, tokens a second, one row: a prompt, then one token after another."""
+def decode(setting: Setting) -> dict[str, Any]:
+    """Prefill and decode of a tuned model in torch, tokens a second, one row: its adapter beside its 4-bit base."""
     with checkpoint(setting) as folder:
-        model = load(folder, base="none", double_quant=True, compute_dtype="auto", device=setting.device).eval()
+        base = load(folder, base="nf4", double_quant=True, compute_dtype="auto", device=setting.device)
+        model = Lora(r=16, alpha=32, seed=0).attach(base).eval()
         prompt = torch.randint(2, setting.words, (1, setting.tokens), device=setting.device)
         with torch.no_grad():
-            ahead = _timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), setting.device)
+            ahead = timed(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1), setting.device)
             cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-            one = _timed(lambda: model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True), setting.device)
+            one = timed(lambda: model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True), setting.device)
     return {"prefill_tokens_per_second": setting.tokens / ahead, "decode_tokens_per_second": 1 / one, "passed": True}
 
 
@@ -250,77 +182,14 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "paged_optimizer": paged_optimizer,
     "loss_kernel": loss_kernel,
     "attention_kernel": attention_kernel,
-    "decode": speech_of_tokens,
+    "decode": decode,
     "training": training,
     "training_1b": training_1b,
+    "trl": peers.trl,
+    "trl_1b": peers.trl_1b,
+    "unsloth": peers.unsloth,
+    "unsloth_1b": peers.unsloth_1b,
 }
-
-
-class checkpoint(TemporaryDirectory[str]):  # noqa: N801 - read as `with checkpoint(setting) as folder`
-    """A folder with a Llama of the setting's sizes and random weights."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(prefix="qft-gpu-")
-        self.setting = setting
-
-    def __enter__(self) -> Path:  # type: ignore[override]
-        """Written in bfloat16."""
-        quiet()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        s = self.setting
-        torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=s.words,
-                hidden_size=s.hidden,
-                intermediate_size=s.inner,
-                num_hidden_layers=s.layers,
-                num_attention_heads=s.heads,
-                num_key_value_heads=s.groups,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-                bos_token_id=1,
-                eos_token_id=1,
-                pad_token_id=0,
-            )
-        ).to(torch.bfloat16).save_pretrained(self.name)
-        return Path(self.name)
-
-
-def examples(setting: Setting, count: int) -> list[Encoded]:
-    """Random rows of full length, all of them targets."""
-    chance = torch.Generator().manual_seed(count)
-    flags = (False,) + (True,) * (setting.tokens - 1)
-    return [Encoded(tuple(torch.randint(2, setting.words, (setting.tokens,), generator=chance).tolist()), flags, 1, None, str(n))
-            for n in range(count)]  # fmt: skip
-
-
-def _timed(work: Callable[[], Any], device: str, trials: int = 5) -> float:
-    """Seconds of the median of some trials, after as many that are not counted."""
-    seconds = []
-    for _ in range(_WARM_UP + trials):
-        _wait(device)
-        began = time.perf_counter()
-        work()
-        _wait(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[_WARM_UP:])
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
 def describe_device(device: str) -> str:

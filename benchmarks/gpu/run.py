@@ -7,29 +7,42 @@ import importlib.util
 import json
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qft.errors import StageError
+from qft.files import write_json, write_text
+
 RESULTS = Path(__file__).parents[1] / "results/gpu"
-_NEEDED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "psutil", "pydantic")
-_PART_SECONDS = 150
+NEEDED = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "psutil", "pydantic")
+_PART_SECONDS, _ALL_SECONDS = 150, 570  # a part that hangs leaves the others their time, and all are done in 10 minutes
+_PROMPT_TOKENS, _DECODED_TOKENS = 256, 32
 _HEAD = (
-    "| card | torch | NF4 gradients' error | loss kernel's (bfloat16) | tokens/s: qft 135M, 1B | TRL | peak 135M, 1B | plan / peak "
-    "| prefill, decode | passed |\n|---|---|---|---|---|---|---|---|---|---|\n"
+    "| card | torch | NF4 gradients' error | loss kernel's (bfloat16) | tokens/s: qft 135M, 1B | TRL | Unsloth | peak 135M, 1B "
+    "| plan / peak | prefill, decode | onnxruntime's | passed |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
-def one(part: str, device: str) -> dict[str, Any]:
-    """A part in a process of its own, so that its peak of memory is: what it printed last, or why it did not."""
+def one(words: Sequence[str], *, until: float, part_seconds: float = _PART_SECONDS) -> dict[str, Any]:
+    """A part in a process of its own, so that its peak of memory is: what it printed last, or why it did not.
+
+    words: of this command. until: of `time.monotonic`, when all parts must have ended.
+    """
     began = time.monotonic()
-    words = [sys.executable, "-m", "benchmarks.gpu.run", "--device", device, "--part", part]
+    seconds = min(part_seconds, until - began)
+    if seconds <= 0:
+        return {"passed": False, "error": f"not begun: the others took {_ALL_SECONDS} s"}
+    command = [sys.executable, "-m", "benchmarks.gpu.run", *words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_PART_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return {"passed": False, "error": f"took more than {_PART_SECONDS} s"}
+        return {"passed": False, "error": f"took more than {seconds:.3g} s"}
     if done.returncode:
         return {"passed": False, "error": "\n".join(done.stderr.splitlines()[-6:])}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -45,60 +58,72 @@ def row(found: dict[str, Any]) -> str:
             value = value.get(key) if isinstance(value, dict) else None
         return form.format(value) if isinstance(value, int | float) else "–"
 
-    def both(*keys: str, form: str) -> str:
-        return ", ".join(at(part, *keys, form=form) for part in ("training", "training_1b"))
+    def both(part: str, *keys: str, form: str) -> str:
+        return ", ".join(at(name, *keys, form=form) for name in (part, f"{part}_1b"))
 
     peaks = ", ".join(
         f"{value['qft']['peak_bytes'] / 1e9:.2f} GB" if value.get("qft", {}).get("peak_bytes") else "–"
         for value in (found["parts"].get(name, {}) for name in ("training", "training_1b"))
     )
+
+    def speeds(part: str) -> str:
+        return ", ".join(at(part, f"{name}_tokens_per_second", form="{:,.0f}") for name in ("prefill", "decode"))
+
     passed = sum(part["passed"] for part in found["parts"].values())
     cells = [
         found["device"],
         found["torch"],
         at("nf4_gradients", "worst_gradient_error", form="{:.1e}"),
         at("loss_kernel", "bfloat16", "loss_error", form="{:.1e}"),
-        both("qft", "tokens_per_second", form="{:,.0f}"),
+        both("training", "qft", "tokens_per_second", form="{:,.0f}"),
         both("trl", "tokens_per_second", form="{:,.0f}"),
+        both("unsloth", "tokens_per_second", form="{:,.0f}"),
         peaks,
-        both("planned_vs_peak", form="{:.2f}"),
-        f"{at('decode', 'prefill_tokens_per_second', form='{:,.0f}')}, {at('decode', 'decode_tokens_per_second', form='{:,.0f}')}",
+        both("training", "planned_vs_peak", form="{:.2f}"),
+        speeds("decode"),
+        speeds("bundle"),
         f"{passed} of {len(found['parts'])}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def bundle_speed(folder: Path) -> dict[str, Any]:
-    """Decode speed of a text-generation bundle under onnxruntime's CUDA provider, and what it left to the processor."""
+def bundle_speed(folder: Path, provider: str) -> dict[str, Any]:
+    """Prefill and decode of a text-generation bundle under one of onnxruntime's providers, and what it left to the processor."""
+    from benchmarks.gpu.model import timed
     from qft.bundle.assignment import assigned
     from qft.bundle.manifest import Bundle
-    from qft.bundle.session import PROVIDERS
-    from qft.errors import QftError
+    from qft.bundle.session import PROVIDERS, reads_tokens
 
+    runner = Bundle.load(folder).runner(provider=provider)
+    left = assigned(runner.session, PROVIDERS[provider])
+    tokens = min(_PROMPT_TOKENS, (reads_tokens(runner.session) or 2 * _PROMPT_TOKENS) // 2)
+    prompt = [[5] * tokens]
+    ahead = timed(lambda: runner.prefill(prompt), "cpu")  # what comes back is here: there is no card to wait for
+    _, cache = runner.prefill(prompt)
+    seconds = []
+    for _ in range(_DECODED_TOKENS):
+        began = time.perf_counter()
+        _, cache = runner.step([5], cache)
+        seconds.append(time.perf_counter() - began)
+    found = {"prefill_tokens_per_second": tokens / ahead, "decode_tokens_per_second": 1 / statistics.median(seconds),
+             "on_cpu": left.on_cpu, "passed": True}  # fmt: skip
     try:
-        runner = Bundle.load(folder).runner(provider="cuda")
-        found = assigned(runner.session, PROVIDERS["cuda"])
-        _, cache = runner.prefill([[5] * 256])
-        seconds = []
-        for _ in range(32):
-            began = time.perf_counter()
-            _, cache = runner.step([5], cache)
-            seconds.append(time.perf_counter() - began)
-        found.check()
-    except QftError as error:
-        return {"passed": False, "error": str(error)}
-    return {"passed": True, "on_cpu": found.on_cpu, "decode_tokens_per_second": 1 / sorted(seconds)[16]}
+        left.check()
+    except StageError as error:
+        return found | {"passed": False, "error": str(error)}
+    return found
 
 
-def keep(found: dict[str, Any]) -> Path:
+def keep(found: dict[str, Any], folder: Path = RESULTS) -> Path:
     """The JSON, named for the card, and its row in the table in place of an older one of the same card."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", found["device"].partition("(")[0].lower()).strip("-")
-    path, page = RESULTS / f"{name}.json", RESULTS / "README.md"
-    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    card = found["device"].partition("(")[0].strip()
+    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    path, page = folder / f"{name}.json", folder / "README.md"
+    write_json(path, found)
     lines = page.read_text("utf-8").splitlines() if page.exists() else ["# On cards", "", *_HEAD.splitlines()]
-    kept = [line for line in lines if not line.startswith(f"| {found['device'].partition('(')[0]}")]
-    page.write_text("\n".join([*kept, row(found)]) + "\n", "utf-8")
+    kept = [line for line in lines if line.removeprefix("| ").partition("(")[0].strip() != card]
+    write_text(page, "\n".join([*kept, row(found)]) + "\n")
     return path
 
 
@@ -106,18 +131,23 @@ def main() -> None:
     """Run the parts; exit code 1 if one did not pass, 2 if a library is not there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--bundle", type=Path, help="a bundle to be measured under onnxruntime-gpu")
+    parser.add_argument("--bundle", type=Path, help="a bundle to be measured under onnxruntime, too")
+    parser.add_argument("--provider", help="onnxruntime's for the bundle: cuda, or cpu in the dry run, if not given")
     parser.add_argument("--part", help="one part alone, printed as JSON")
     keys = parser.parse_args()
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
             f"not installed: {', '.join(missing)}; bring the wheels of benchmarks/gpu/wheels.txt and give --wheels FOLDER"
         )
-    from benchmarks.gpu.parts import PARTS, Setting, describe_device
+    from benchmarks.gpu.model import Setting
+    from benchmarks.gpu.parts import PARTS, describe_device
 
+    work = {name: partial(part, Setting.of(keys.device)) for name, part in PARTS.items()}
+    if keys.bundle:
+        work["bundle"] = partial(bundle_speed, keys.bundle, keys.provider or keys.device)
     if keys.part:
-        sys.stdout.write(json.dumps(PARTS[keys.part](Setting.of(keys.device))) + "\n")
+        sys.stdout.write(json.dumps(work[keys.part]()) + "\n")
         return
     import torch
 
@@ -130,13 +160,12 @@ def main() -> None:
         "system": platform.platform(),
         "parts": {},
     }
-    for name in PARTS:
+    until = time.monotonic() + _ALL_SECONDS
+    for name, part in work.items():
         sys.stderr.write(f"{name} …")
         sys.stderr.flush()
-        found["parts"][name] = one(name, keys.device) if keys.device == "cuda" else PARTS[name](Setting.of("cpu"))
+        found["parts"][name] = one([*sys.argv[1:], "--part", name], until=until) if keys.device == "cuda" else part()
         sys.stderr.write(f" {'passed' if found['parts'][name]['passed'] else 'FAILED'}\n")
-    if keys.bundle:
-        found["parts"]["bundle"] = bundle_speed(keys.bundle)
     if keys.device == "cuda":
         sys.stderr.write(f"{keep(found)}\n")
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
