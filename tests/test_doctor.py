@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qft.cli.doctor import _tuned_in
+from qft.cli.doctor import _tuned_in, for_the_card
 from qft.device import Device
 from qft.measure.trials import trials
 
@@ -61,6 +62,7 @@ def test_a_library_that_cannot_be_loaded_is_named_with_what_to_type(tmp_path: Pa
     assert "libbitsandbytes_cpu.so not found" in problem["what"]
     assert "pip install --force-reinstall --no-deps bitsandbytes==" in problem["hint"]
     assert sum(not trial["problem"] for trial in said["trials"]) == 3
+    assert said["onnxruntime_for_the_card"] is None or said["card"]["kind"] == "cuda"
 
 
 @pytest.mark.parametrize("emptied", [False, True])
@@ -85,3 +87,15 @@ def test_a_card_is_named_with_what_tuning_takes_of_it() -> None:
     card = Device("cuda", "GTX 1650", (7, 5), 4_000_000_000, 3_500_000_000, "Linux")
     said = "GTX 1650 (cuda, compute capability 7.5), 3.5 of 4.0 GB free"
     assert _tuned_in(card) == f"{said}, tuned in float16, attention by torch's kernel efficient"
+
+
+def test_a_card_beside_the_processors_onnxruntime_is_told_the_two_lines_to_type() -> None:
+    card = Device("cuda", "NVIDIA GeForce RTX 4060 Laptop GPU", (8, 9), 8_000_000_000, 7_000_000_000, "Linux")
+    plain = {"onnxruntime": "1.23.2"}
+    assert for_the_card(card, plain) == (
+        "python -m pip uninstall --yes onnxruntime\n  python -m pip install onnxruntime-gpu"
+    )
+    assert for_the_card(card, {"onnxruntime-gpu": "1.23.2"}) is None
+    assert for_the_card(card, plain | {"onnxruntime-gpu": "1.23.2"}) is None  # two at once are a problem of their own
+    assert for_the_card(replace(card, kind="mps", capability=None), plain) is None
+    assert for_the_card(None, plain) is None

@@ -54,6 +54,7 @@ def doctor_command(as_json: bool) -> None:
                 "versions": versions(),
                 "card": asdict(card) if card else None,
                 "onnxruntime_packages": packages,
+                "onnxruntime_for_the_card": for_the_card(card, packages),
                 "providers": providers,
                 "memory_bandwidth_bytes_per_second": bandwidth,
                 "free_memory_bytes": free_memory,
@@ -78,10 +79,8 @@ def doctor_command(as_json: bool) -> None:
         print_line("")
         for trial in done:
             print_tick(not trial.problem, f"{trial.seconds:5.1f} s  {trial.name}")
-        if card and card.kind == "cuda" and set(packages) == {"onnxruntime"}:
-            print_line(
-                f"\nThis onnxruntime runs on the processor alone. For the card:\n  {_exchange(packages, 'onnxruntime-gpu')}"
-            )
+        if lines := for_the_card(card, packages):
+            print_line(f"\nThis onnxruntime runs on the processor alone. For the card:\n  {lines}")
         print_line("\nready" if not problems else "\nnot ready:\n" + "\n".join(map(str, problems)))
     if problems:
         sys.exit(1)
@@ -100,6 +99,15 @@ def _of_trials(done: list[Trial], packages: dict[str, str]) -> list[Problem]:
         both = f"{_exchange(packages, f'{wanted}=={packages[wanted]}')}   # or onnxruntime, for the processor alone"
         problems.append(Problem(f"{_listed(packages)} write over each other's module", "onnxruntime", both))
     return problems
+
+
+def for_the_card(card: Device | None, packages: dict[str, str]) -> str | None:
+    """The two lines to type where there is an NVIDIA card and an onnxruntime that does not know it; None elsewhere.
+
+    packages: see `onnxruntime_packages`.
+    """
+    lacking = card is not None and card.kind == "cuda" and set(packages) == {"onnxruntime"}
+    return _exchange(packages, "onnxruntime-gpu") if lacking else None
 
 
 def _exchange(packages: dict[str, str], wanted: str) -> str:
