@@ -154,6 +154,10 @@ def headline(event: StageEvent) -> str:
     more = {
         "tune": lambda: f", {facts['tokens_per_second']:.0f} tokens/s",
         "merge": lambda: f", into the {facts['way']}",
+        "export": lambda: "".join(
+            f"; {name}'s provider has no kernel for {', '.join(lacking)}"
+            for name, lacking in facts["without_kernel"].items()
+        ),
     }
     return _quality(facts["quality"]) + more.get(event.stage, lambda: "")()
 

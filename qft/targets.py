@@ -36,6 +36,15 @@ class Target(BaseModel):
     provider: Literal["cpu", "cuda", "directml", "openvino", "coreml", "webgpu"] = Field(
         "cpu", description="onnxruntime's execution provider that runs it"
     )
+    provider_options: dict[str, str] = Field(
+        default_factory=dict, description="what the provider is told when a session is opened on it, in its own words"
+    )
+    opset: int = Field(
+        18,
+        ge=18,
+        le=20,
+        description="of the standard's operators, at most; 18 is the least that optimum writes, 20 the last",
+    )
     linear: Weights | None = Field(None, description="linear layers; none: they stay float, as embedding and head do")
     finer: tuple[Weights, ...] = Field(
         (), description="for the linear layers that `linear` hurts most, if folding finds them"

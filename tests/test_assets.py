@@ -29,7 +29,7 @@ def test_genai_is_told_what_runs_the_decoder(
     provider: str, named: list[object], tiny_model: Path, tmp_path: Path
 ) -> None:
     write_decoder_configs(tiny_model, tmp_path, Decoder("onnx/model_q4f16.onnx", ["input_ids"], False, (2,), 2, False))
-    name_provider(tmp_path, provider)
+    name_provider(tmp_path, provider, {})
     config = json.loads((tmp_path / "genai_config.json").read_text())
     assert config["model"]["decoder"]["session_options"]["provider_options"] == named
 

@@ -118,13 +118,16 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def name_provider(bundle: Path, provider: str) -> None:
-    """Into genai_config.json: what onnxruntime-genai is to run a target's decoder on; it takes the processor if nothing is named."""
+def name_provider(bundle: Path, provider: str, told: Mapping[str, str]) -> None:
+    """Into genai_config.json: what onnxruntime-genai is to run a target's decoder on; it takes the processor if nothing is named.
+
+    told: the provider's options.
+    """
     path = bundle / "genai_config.json"
     if provider in _GENAI_PROVIDERS and path.exists():
         config = json.loads(path.read_text("utf-8"))
         options = config["model"]["decoder"]["session_options"]
-        options["provider_options"] = [{_GENAI_PROVIDERS[provider]: {}}]
+        options["provider_options"] = [{_GENAI_PROVIDERS[provider]: dict(told)}]
         write_json(path, config)
 
 

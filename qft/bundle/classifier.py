@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,19 @@ class Decision:
 class OnnxClassifier:
     """Runs a model with a head over labels, as optimum exports it."""
 
-    def __init__(self, model: Path, *, pad_id: int, threads: int = 0, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        pad_id: int,
+        threads: int = 0,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
         """Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(model, threads=threads, provider=provider)
+        self.session, self.threads = open_session(
+            model, threads=threads, provider=provider, provider_options=provider_options
+        )
         self.pad_id = pad_id
         self._named = {i.name for i in self.session.get_inputs()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,10 +74,19 @@ class OnnxEmbedder:
     """Runs a graph whose mean over a text's tokens and whose division by its length lie inside."""
 
     def __init__(
-        self, model: Path, *, pad_id: int, temperature: float, threads: int = 0, provider: str = "cpu"
+        self,
+        model: Path,
+        *,
+        pad_id: int,
+        temperature: float,
+        threads: int = 0,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         """temperature: see `neighbour_logits`. Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(model, threads=threads, provider=provider)
+        self.session, self.threads = open_session(
+            model, threads=threads, provider=provider, provider_options=provider_options
+        )
         self.pad_id, self.temperature = pad_id, temperature
         self._named = {i.name for i in self.session.get_inputs()}
 

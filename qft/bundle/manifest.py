@@ -141,13 +141,19 @@ class Bundle:
         """Whether it is given sound files."""
         return self.manifest["task"] == "automatic-speech-recognition"
 
+    def provider_options(self, provider: str) -> dict[str, str]:
+        """What the bundle's target has a provider told; nothing if it was made for another one."""
+        return dict(self.manifest.get("provider_options", {}).get(provider, {}))
+
     def runner(self, *, threads: int = 0, provider: str = "cpu") -> Any:
         """A session on the model: an OnnxClassifier, OnnxReader, OnnxEmbedder, Seq2SeqRunner, or an OnnxRunner that writes."""
+        told = self.provider_options(provider)
+        session: dict[str, Any] = {"threads": threads, "provider": provider, "provider_options": told}
         if self._kind is Seq2SeqRunner:
             encoder, decoder = self.models.values()
-            network = OnnxNetwork(encoder, decoder, reader=self.reader, threads=threads, provider=provider)
+            network = OnnxNetwork(encoder, decoder, reader=self.reader, **session)
             return Seq2SeqRunner(network, Rules.of(read_generation(self.folder)))
-        options = {"pad_id": self.tokenizer.pad_id, "threads": threads, "provider": provider}
+        options = {"pad_id": self.tokenizer.pad_id, **session}
         if self._kind is OnnxReader:
             options["pair_mark"] = self.tokenizer.pair_mark
         if self.embeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,10 +85,19 @@ class OnnxReader:
     """Runs a model with logits for the first and the last token of an answer, as optimum exports it."""
 
     def __init__(
-        self, model: Path, *, pad_id: int, pair_mark: int | None, threads: int = 0, provider: str = "cpu"
+        self,
+        model: Path,
+        *,
+        pad_id: int,
+        pair_mark: int | None,
+        threads: int = 0,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         """pair_mark: see `TextTokenizer.pair_mark`. Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(model, threads=threads, provider=provider)
+        self.session, self.threads = open_session(
+            model, threads=threads, provider=provider, provider_options=provider_options
+        )
         self.pad_id, self.pair_mark = pad_id, pair_mark
         self._named = {i.name for i in self.session.get_inputs()}
 

@@ -6,7 +6,7 @@ No torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,11 +169,20 @@ class OnnxNetwork:
     """An encoder and a merged decoder with past, as optimum exports them."""
 
     def __init__(
-        self, encoder: Path, decoder: Path, *, reader: Reader, threads: int = 0, provider: str = "cpu"
+        self,
+        encoder: Path,
+        decoder: Path,
+        *,
+        reader: Reader,
+        threads: int = 0,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         """Raises InputError as `open_session` does."""
-        self.encoder, self.threads = open_session(encoder, threads=threads, provider=provider)
-        self.decoder, _ = open_session(decoder, threads=threads, provider=provider)
+        (self.encoder, self.threads), (self.decoder, _) = (
+            open_session(model, threads=threads, provider=provider, provider_options=provider_options)
+            for model in (encoder, decoder)
+        )
         self.reader = reader
         self._outputs = [o.name for o in self.decoder.get_outputs()]
         self._inputs = {i.name for i in self.decoder.get_inputs()}

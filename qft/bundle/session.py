@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,10 @@ def physical_cores() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
-def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.InferenceSession, int]:
-    """A session and the threads it runs on (0: one a physical core).
+def open_session(
+    model: Path, *, threads: int, provider: str, provider_options: Mapping[str, str] | None = None
+) -> tuple[ort.InferenceSession, int]:
+    """A session and the threads it runs on (0: one a physical core). provider_options: in the provider's own words.
 
     Raises InputError if the provider is not there (never a silent fall back to the CPU) or the file is no model.
     """
@@ -67,7 +69,7 @@ def open_session(model: Path, *, threads: int, provider: str) -> tuple[ort.Infer
     if provider == "cuda":
         ort.preload_dlls()  # CUDA's and cuDNN's libraries out of pip's packages, torch's among them
     try:
-        session = ort.InferenceSession(str(model), options, providers=[wanted])
+        session = ort.InferenceSession(str(model), options, providers=[(wanted, dict(provider_options or {}))])
     except Exception as error:  # onnxruntime's own errors share no base but Exception
         raise InputError(
             f"onnxruntime cannot open {model}: {str(error).splitlines()[0][:200]}",
@@ -89,9 +91,19 @@ def _present(name: str) -> str:
 class OnnxRunner:
     """Runs a decoder with past, as optimum exports it, or fused: then keys and values stay where they are, step after step."""
 
-    def __init__(self, model: Path, *, pad_id: int, threads: int = 0, provider: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        pad_id: int,
+        threads: int = 0,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
         """Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(model, threads=threads, provider=provider)
+        self.session, self.threads = open_session(
+            model, threads=threads, provider=provider, provider_options=provider_options
+        )
         self.pad_id = pad_id
         self._outputs = [o.name for o in self.session.get_outputs()]
         inputs = {i.name: i for i in self.session.get_inputs()}

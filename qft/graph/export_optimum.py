@@ -18,12 +18,19 @@ from qft.progress import OnProgress, Progress, silent
 
 
 def export_float(
-    folder: Path, target: Path, *, graphs: Iterable[str], export_task: str, on_progress: OnProgress = silent
+    folder: Path,
+    target: Path,
+    *,
+    graphs: Iterable[str],
+    export_task: str,
+    opset: int | None = None,
+    on_progress: OnProgress = silent,
 ) -> None:
     """Write each graph into the folder `target`: `GRAPH.onnx`, and its weights as `GRAPH.onnx_data`, float32, in one copy.
 
     graphs: those wanted of what optimum writes. export_task: optimum's name, such as text-generation-with-past; for
-    sentence-similarity a text's vector is formed inside the graph. Raises StageError with optimum's reason.
+    sentence-similarity a text's vector is formed inside the graph. opset: of the standard's operators; None: optimum's own
+    choice. Raises StageError with optimum's reason.
     """
     import_transformers()
     from optimum.exporters.onnx import main_export
@@ -41,6 +48,7 @@ def export_float(
                     scratch,
                     task=export_task,
                     dtype="fp32",
+                    opset=opset,
                     do_validation=False,
                     library_name="transformers",
                     local_files_only=True,

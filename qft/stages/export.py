@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from qft.recipe import Recipe
 from qft.stages import prepare, tune
 from qft.stages.job import Job, task_keys
 from qft.stages.prepare import shape_of
+from qft.targets import Target, find_target
 from qft.tasks.registry import find_task
 
 NEEDS = ("prepare", "merge")
@@ -30,15 +31,33 @@ _LANGUAGE_ROWS = 200
 
 @dataclass(frozen=True)
 class Facts:
-    """Quality of the float bundle under onnxruntime, and its size."""
+    """Quality of the float bundle under onnxruntime, and its size.
+
+    without_kernel: target → operators of the model, or of what the target asks for, that its provider lacks.
+    """
 
     quality: Quality
     bundle_bytes: int
+    without_kernel: dict[str, list[str]]
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
-    return {"evaluation": recipe.evaluation.model_dump()}
+    targets = _targets(recipe)
+    return {
+        "evaluation": recipe.evaluation.model_dump(),
+        "opset": lowest_opset(targets),
+        "providers": {target.name: target.provider for target in targets if target.provider != "cpu"},
+    }
+
+
+def _targets(recipe: Recipe) -> list[Target]:
+    return [find_target(name) for name in recipe.export.targets]
+
+
+def lowest_opset(targets: list[Target]) -> int:
+    """Of the one graph that all targets are made of."""
+    return min(target.opset for target in targets)
 
 
 def outputs(job: Job) -> list[Path]:
@@ -63,11 +82,23 @@ def run(job: Job) -> Facts:
             aside / "onnx",
             graphs=job.task.graphs,
             export_task=job.task.export_task,
+            opset=lowest_opset(_targets(job.recipe)),
             on_progress=job.on_progress,
         )
         describe(job, aside, target=TARGET, models=float_files(job.recipe))
+        lacking = without_kernels(_targets(job.recipe), Bundle.load(aside).models.values())
         quality = measure_bundle(job, "export", aside)
-    return Facts(quality, size_bytes(job.run.bundle(TARGET)))
+    return Facts(quality, size_bytes(job.run.bundle(TARGET)), lacking)
+
+
+def without_kernels(targets: list[Target], files: Iterable[Path]) -> dict[str, list[str]]:
+    """Target → what its provider lacks of float graphs and of what the target asks for, before anything is made of them."""
+    from qft.graph.providers import count_operators, without_kernel, written
+
+    elsewhere = [target for target in targets if target.provider != "cpu"]
+    found = {operator for file in files for operator in count_operators(file)} if elsewhere else set()
+    lacking = {target.name: without_kernel(target, [*found, *written(target)]) for target in elsewhere}
+    return {name: operators for name, operators in lacking.items() if operators}
 
 
 def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) -> None:

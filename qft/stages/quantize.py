@@ -73,10 +73,11 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Make every target's bundle."""
-    return Facts({name: _ship(job, find_target(name)) for name in job.recipe.export.targets})
+    return Facts({name: ship(job, find_target(name)) for name in job.recipe.export.targets})
 
 
-def _ship(job: Job, target: Target) -> TargetFacts:
+def ship(job: Job, target: Target) -> TargetFacts:
+    """Make and measure one target's bundle. Raises StageError if the stages before have not run."""
     from qft.graph.matmulnbits import GraphPlan, quantize_graph
     from qft.quant.grids import grids_of
     from qft.quant.store import load_matrices
@@ -107,12 +108,17 @@ def _ship(job: Job, target: Target) -> TargetFacts:
                 job.on_progress,
             )
         export.describe(job, aside, target=target.name, models=files)
-        name_provider(aside, target.provider)
-        update(aside, quantization=[asdict(tensor) for tensor in tensors], before=_before(job, target))
+        name_provider(aside, target.provider, target.provider_options)
+        update(
+            aside,
+            quantization=[asdict(tensor) for tensor in tensors],
+            before=_before(job, target),
+            provider_options={target.provider: target.provider_options},
+        )
         large = _large_activations(job) if target.half else {}
         if target.half:
             update(aside, large_activations=large)
-        without = _without_kernel(target, [aside / name for name in files.values()])
+        without = without_kernels(target, [aside / name for name in files.values()])
         calibration = _calibration(job, aside)
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         job.on_progress(Progress("golden cases", 0))
@@ -129,11 +135,11 @@ def _ship(job: Job, target: Target) -> TargetFacts:
     )
 
 
-def _without_kernel(target: Target, files: list[Path]) -> dict[str, int]:
-    """What of the graphs the target's provider cannot run."""
+def without_kernels(target: Target, files: list[Path]) -> dict[str, int]:
+    """What of the graphs the target's provider cannot run; those of the processor's are not looked at."""
     from qft.graph.providers import count_operators, without_kernel
 
-    found = sum(map(count_operators, files), Counter())
+    found: Counter[str] = sum(map(count_operators, files), Counter()) if target.provider != "cpu" else Counter()
     return {name: found[name] for name in without_kernel(target, found)}
 
 
