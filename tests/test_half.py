@@ -26,6 +26,40 @@ from qft.targets import Target, find_target
 ROWS = [[int(x) for x in np.random.default_rng(seed).integers(3, 300, 9 + seed)] for seed in range(4)]
 
 
+class Bound:
+    """A session that says it is a card's: its own binding says where outputs are asked for, and what it is fed again."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session, self.devices, self.given, self.fed = session, {}, {}, {}
+
+    def io_binding(self) -> Any:
+        self.binding, self.fed = self.session.io_binding(), {}
+        return self
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        self.fed[name] = value
+        self.binding.bind_ortvalue_input(name, value)
+
+    def bind_output(self, name: str, device: str) -> None:
+        self.devices[name] = device
+        self.binding.bind_output(name, "cpu")
+
+    def run_with_iobinding(self, _: Any) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def get_outputs(self) -> list[Any]:
+        self.before, self.given = self.given, dict(zip(self.devices, self.binding.get_outputs(), strict=True))
+        return list(self.given.values())
+
+    def check(self, *, kept: int) -> None:
+        """kept: arrays that the second step was fed as the first one left them, without a copy."""
+        assert self.devices.pop("logits") == "cpu"
+        assert set(self.devices.values()) == {"cuda"}
+        assert all(name.startswith("present.") for name in self.devices)
+        left = {name.replace("present", "past_key_values"): value for name, value in self.before.items()}
+        assert sum(self.fed.get(name) is value for name, value in left.items()) == kept == len(self.devices)
+
+
 @pytest.fixture(scope="module")
 def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny decoder's float32 graph."""
@@ -139,6 +173,18 @@ def test_a_whole_decoder_computed_in_float16_agrees(exported: Path, tmp_path: Pa
     assert abs(whole).max() > 2
 
 
+def test_a_cards_keys_and_values_stay_where_the_next_step_is_fed_from(exported: Path) -> None:
+    runner = OnnxRunner(exported, pad_id=2)
+    logits, cache = runner.prefill([ROWS[0]])
+    expected, _ = runner.step([5], cache)
+    runner.session, runner._past_device = bound = Bound(runner.session), "cuda"
+    again, cache = runner.prefill([ROWS[0]])
+    after, _ = runner.step([5], cache)
+    np.testing.assert_array_equal(again, logits)
+    np.testing.assert_array_equal(after, expected)
+    bound[0].check(kept=4)
+
+
 def test_masks_stay_finite_and_positions_keep_their_bits(exported: Path, tmp_path: Path) -> None:
     """2,049 is no float16 number: a rotary angle computed in it would be of another position."""
     quantize_graph(exported, tmp_path / "half.onnx", GraphPlan(None, 0, half=True), {})
@@ -175,6 +221,12 @@ def test_a_speech_model_of_two_graphs_and_two_branches_hears_the_same(tiny_whisp
         second, _ = network.decode(ids[:, :1], states, cache)
         said.append(np.concatenate([first, second], axis=1))
     np.testing.assert_allclose(said[1], said[0], atol=0.05)  # 8-bit codes of scales that were rounded to 11 bits
+
+    network.decoder, network._past_device = bound = Bound(network.decoder), "cuda"
+    first, cache = network.decode(ids, states, None)
+    second, _ = network.decode(ids[:, :1], states, cache)
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=1), said[1])
+    bound[0].check(kept=8)  # of what the second step was given: two layers' keys and values, the encoder's as well
 
 
 def test_activations_that_float16_may_not_hold_are_named(tiny_model: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime as ort
 
-from qft.bundle.session import FLOATS, open_session
+from qft.bundle.session import FLOATS, open_session, past_device, run_bound
 from qft.data.audio import Clip, log_mel, samples
 from qft.data.sequences import Given, Source, positions
 from qft.data.tokenizer import TextTokenizer
@@ -184,6 +184,7 @@ class OnnxNetwork:
             for model in (encoder, decoder)
         )
         self.reader = reader
+        self._past_device = past_device(provider)
         self._outputs = [o.name for o in self.decoder.get_outputs()]
         self._inputs = {i.name for i in self.decoder.get_inputs()}
         self._past = {
@@ -217,7 +218,7 @@ class OnnxNetwork:
             **of_encoder,
             **past,
         }
-        found = dict(zip(self._outputs, self.decoder.run_with_ort_values(self._outputs, feed), strict=True))
+        found = run_bound(self.decoder, feed, self._outputs, stay_on=self._past_device)
         grown = {
             # The branch that reads the cache gives the encoder's part of it back empty: it never changes.
             name: past[name]

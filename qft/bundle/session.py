@@ -84,6 +84,24 @@ def open_session(
     return session, options.intra_op_num_threads
 
 
+def past_device(provider: str) -> str:
+    """Where keys and values stay between two steps."""
+    return "cuda" if provider == "cuda" else "cpu"
+
+
+def run_bound(
+    session: ort.InferenceSession, feed: Mapping[str, ort.OrtValue], outputs: Sequence[str], *, stay_on: str
+) -> dict[str, ort.OrtValue]:
+    """Every output by name: logits come back, keys and values stay on the device that they will be fed from."""
+    binding = session.io_binding()
+    for name, value in feed.items():
+        binding.bind_ortvalue_input(name, value)
+    for name in outputs:
+        binding.bind_output(name, "cpu" if name == "logits" else stay_on)
+    session.run_with_iobinding(binding)
+    return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+
 def _present(name: str) -> str:
     return name.replace("past_key_values", "present")
 
@@ -115,7 +133,7 @@ class OnnxRunner:
         self._fused = self._longest is not None
         self._keeps_logits = KEPT_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
         self._in_place = self._fused and provider == "cpu"
-        self._past_device = "cuda" if provider == "cuda" else "cpu"  # where keys and values stay between two steps
+        self._past_device = past_device(provider)
 
     def prefill(self, rows: Sequence[Sequence[int]], *, keep: int = 1) -> tuple[np.ndarray, Cache]:
         """Feed left-padded rows; float32 logits (rows, at least the last `keep` positions, vocabulary) and the cache.
@@ -182,19 +200,9 @@ class OnnxRunner:
             self.session.run_with_iobinding(past.binding)
             logits, past.used = past.binding.get_outputs()[-1], mask.shape[1]
         else:
-            found = self._run_bound(feed | past.values)
+            found = run_bound(self.session, feed | past.values, self._outputs, stay_on=self._past_device)
             logits, past = found["logits"], Past({n: found[_present(n)] for n in self._past}, mask.shape[1])
         return logits.numpy().astype(np.float32, copy=False), Cache(past, mask, positions[:, -1] + 1)
-
-    def _run_bound(self, feed: dict[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
-        """Every output by name; keys and values stay on the device, which fed them or will be fed them."""
-        binding = self.session.io_binding()
-        for name, value in feed.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self._past_device)
-        self.session.run_with_iobinding(binding)
-        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def _bound(self, past: Past) -> ort.IOBinding:
         binding = self.session.io_binding()
