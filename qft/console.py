@@ -174,6 +174,10 @@ def print_summary(summary: Summary) -> None:
         out.print(_waterfall_table(summary))
     if summary.speeds:
         out.print(speed_table(summary.speeds, summary.sizes))
+    for name, size in summary.sizes.items():
+        if size.on_cpu:
+            left = ", ".join(f"{count} {operator}" for operator, count in size.on_cpu.items())
+            out.print(f"{name}: left to the processor were {left}", soft_wrap=True)
     if summary.survived_percent is not None:
         out.print(f"{percent(summary.survived_percent)} of what tuning took off the loss has survived in what ships")
     peak = max(summary.stage_memory_bytes.values(), default=0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onnx import TensorProto, helper, save
 
-from qft.bundle.assignment import assigned, count
+from qft.bundle.assignment import Assignment, assigned, count
+from qft.bundle.manifest import Bundle
 from qft.bundle.session import PROVIDERS, open_session
 from qft.errors import StageError
+from qft.stages import bench
 
 
 @pytest.fixture
@@ -48,3 +52,37 @@ def test_a_twentieth_may_fall_back_and_shapes_are_not_counted() -> None:
     count(few, cuda).check()
     with pytest.raises(StageError, match="1 IsNaN, 1 Mod"):
         count([*few, ("CPUExecutionProvider", "Mod")], cuda).check()
+
+
+def as_on_a_card(*left: str) -> Callable[[Any, str], Assignment]:
+    """A session's own record, but for where its nodes ran: on the wanted provider, except these operators."""
+
+    def found(session: Any, provider: str) -> Assignment:
+        nodes = [node.op_type for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+        return count((("CPUExecutionProvider" if op in left else provider, op) for op in nodes), provider)
+
+    return found
+
+
+def long_graph(path: Path, *last: str) -> Path:
+    """Forty products, and more operators of one input behind them."""
+    operators = ["MatMul"] * 40 + list(last)
+    nodes = [
+        helper.make_node(op, [f"v{n}"] + ["v0"] * (op == "MatMul"), [f"v{n + 1}"]) for n, op in enumerate(operators)
+    ]
+    ends = [helper.make_tensor_value_info(f"v{n}", TensorProto.FLOAT, ["n", "n"]) for n in (0, len(operators))]
+    opset = [helper.make_opsetid("", 18)]
+    save(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]), opset_imports=opset, ir_version=9), path)
+    return path
+
+
+def test_what_several_graphs_left_to_the_processor_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_graph(tmp_path / "encoder.onnx", "Softmax")
+    long_graph(tmp_path / "decoder.onnx", "Softmax", "Erf")
+    bundle = Bundle(tmp_path, {"models": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}})
+    monkeypatch.setattr(bench, "open_session", lambda model, **_: open_session(model, threads=1, provider="cpu"))
+    monkeypatch.setattr(bench, "assigned", as_on_a_card("Softmax", "Erf"))
+    assert bench.left_to_the_processor(bundle, "cuda") == {"Softmax": 2, "Erf": 1}
+    monkeypatch.setattr(bench, "assigned", assigned)
+    with pytest.raises(StageError, match="100% of the nodes fell back .* 40 MatMul, 1 Softmax"):
+        bench.left_to_the_processor(bundle, "cuda")

@@ -102,13 +102,15 @@ class Training:
 @dataclass(frozen=True)
 class TargetSize:
     """One bundle: bytes of all its files; bits a quantized weight, scales counted; of a float16 one, modules whose outputs come near
-    what float16 holds, with the largest. without_kernel: operator → nodes that its provider leaves to the processor.
+    what float16 holds, with the largest. without_kernel: operator → nodes that its provider has no kernel for; on_cpu: operator →
+    nodes that the provider it was timed on left to the processor.
     """
 
     bundle_bytes: int
     bits_per_weight: float | None
     large_activations: Mapping[str, float] = field(default_factory=dict)
     without_kernel: Mapping[str, int] = field(default_factory=dict)
+    on_cpu: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from qft.measure.speed import AnySpeed, measure_in_fresh_process
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.stages.job import Job
-from qft.targets import find_target
 
 NEEDS = ("quantize",)
 
@@ -23,7 +23,7 @@ NEEDS = ("quantize",)
 class Facts:
     """Target name → speed; `float` is the unquantized export, for comparison.
 
-    on_cpu: target name → operator → nodes that the provider left to the processor.
+    on_cpu: target name → operator → nodes that the provider left to the processor, where it is not the processor's own.
     """
 
     machine: Machine
@@ -56,17 +56,18 @@ def run(job: Job) -> Facts:
             provider=keys.provider,
         )
         update(job.run.bundle(name), speed=asdict(speeds[name]))
-        if name != "float" and find_target(name).provider == keys.provider != "cpu":
-            on_cpu[name] = _left_to_the_processor(job.run.bundle(name), keys.provider)
+        if name != "float" and keys.provider != "cpu":
+            on_cpu[name] = left_to_the_processor(Bundle.load(job.run.bundle(name)), keys.provider)
     return Facts(machine(), speeds, on_cpu)
 
 
-def _left_to_the_processor(folder: Path, provider: str) -> dict[str, int]:
-    """Raises StageError if that is more than 5 % of the nodes of a graph."""
-    found: dict[str, int] = {}
-    for model in Bundle.load(folder).models.values():
-        session, _ = open_session(model, threads=0, provider=provider)
+def left_to_the_processor(bundle: Bundle, provider: str) -> dict[str, int]:
+    """Operator → nodes, of all graphs together. Raises StageError if that is more than 5 % of the nodes of one of them."""
+    found: Counter[str] = Counter()
+    options = bundle.provider_options(provider)
+    for model in bundle.models.values():
+        session, _ = open_session(model, threads=0, provider=provider, provider_options=options)
         assignment = assigned(session, PROVIDERS[provider])
         assignment.check()
-        found |= assignment.on_cpu
-    return found
+        found.update(assignment.on_cpu)
+    return dict(found.most_common())

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,25 @@ import numpy as np
 import pytest
 
 import qft
+from benchmarks.gpu.run import bundle_speed
 from qft.bundle.constrained import Labels
 from qft.bundle.golden import check_cases, from_manifest
 from qft.bundle.manifest import Bundle
-from qft.cli.options import made_job
+from qft.bundle.session import open_session
+from qft.cli.options import made_job, open_job
+from qft.console import print_summary
+from qft.errors import StageError
 from qft.files import sha256_file
+from qft.measure.speed import measure_in_fresh_process
 from qft.progress import silent
+from qft.quant import ranges
 from qft.runfolder import RunFolder
+from qft.stages import bench, quantize
 from qft.stages.carried import carried
+from qft.stages.report import summarize
+from qft.targets import find_target
 from tests.e2e.conftest import Type, as_json
+from tests.test_assignment import as_on_a_card
 
 RUN = "runs/recipe"
 INT4 = f"{RUN}/bundles/cpu-int4"
@@ -360,6 +371,55 @@ def test_bench_again_with_other_threads_changes_only_the_bench(finished: Path, t
     assert found["targets"]["cpu-int4"]["speed"]["threads"] == 1
     after = json.loads((finished / RUN / "run.json").read_text())["stages"]
     assert after["tune"] == before["tune"]
+
+
+def test_a_float16_target_names_large_activations_and_carries_its_providers_options(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model's outputs are small: what counts as large is set among them."""
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(ranges, "FLAGGED", 2.0)
+    with open_job([], runs=Path("runs"), required=False, on_progress=lambda _: None) as job:
+        facts = quantize.ship(job, find_target("coreml"))
+        bundle = Bundle.load(job.run.bundle("coreml"))
+    shutil.rmtree(bundle.folder)  # other tests count what this run ships
+    assert facts.large_activations == bundle.manifest["large_activations"]
+    assert facts.large_activations
+    assert min(facts.large_activations.values()) > 2
+    assert all(name.startswith(("model", "lm_head")) for name in facts.large_activations)
+    assert bundle.provider_options("coreml") == {"ModelFormat": "MLProgram"}
+    assert bundle.provider_options("cpu") == {}
+
+
+def test_the_script_for_cards_measures_a_bundle_under_any_provider(finished: Path) -> None:
+    found = bundle_speed(finished / INT4, "cpu")
+    assert found["passed"]
+    assert found["on_cpu"] == {}
+    assert min(found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) > 0
+
+
+def test_bench_on_a_card_lists_what_was_left_to_the_processor_and_fails_beyond_a_twentieth(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card is this processor; only where its sessions say that nodes ran is made up."""
+
+    def on_the_processor(folder: Path, work: Any, **keys: Any) -> Any:
+        return measure_in_fresh_process(folder, work, **{**keys, "provider": "cpu", "trials": 1})
+
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(bench, "measure_in_fresh_process", on_the_processor)
+    monkeypatch.setattr(bench, "open_session", lambda model, **keys: open_session(model, **{**keys, "provider": "cpu"}))
+    typed = ["bench.provider=cuda"]
+    with open_job(typed, runs=Path("runs"), required=False, on_progress=lambda _: None) as job:
+        with pytest.raises(StageError, match="100% of the nodes fell back from CUDAExecutionProvider"):
+            bench.run(job)
+        monkeypatch.setattr(bench, "assigned", as_on_a_card("GatherBlockQuantized"))
+        found = bench.run(job)
+        assert found.on_cpu == {"cpu-int4": {"GatherBlockQuantized": 1}}  # made for another provider: looked at as well
+        shipped = summarize(job)
+    seen = replace(shipped, sizes={n: replace(s, on_cpu=found.on_cpu.get(n, {})) for n, s in shipped.sizes.items()})
+    print_summary(seen)
+    assert "cpu-int4: left to the processor were 1 GatherBlockQuantized" in capsys.readouterr().out
 
 
 def test_a_provider_that_is_absent_is_an_error(finished: Path, typed: Type) -> None:
