@@ -117,7 +117,7 @@ def opset(path: Path) -> int:
 def test_every_target_ships_the_operator_set_it_asks_for(name: str, exported: dict[int, Path], tmp_path: Path) -> None:
     profile = find_target(name)
     plan = GraphPlan(
-        grids_of(profile) if profile.linear else None, 0, fuse=profile.fuse, positions=256, half=profile.half
+        grids_of(profile) if profile.linear else None, 0, fuse=profile.fusions, positions=256, half=profile.half
     )
     for asked in {profile.opset, 20}:
         quantize_graph(exported[asked], tmp_path / f"{asked}.onnx", plan, {})

@@ -135,7 +135,7 @@ def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(finished: Path) ->
             return model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)[:, ids.shape[1] :].tolist()
 
     cases = from_manifest(bundle.manifest)
-    assert len(cases) == 8
+    assert len(cases) == 24  # every held-out row: answers are so short that more would be taken
     agreement = check_cases(Runner(model, 2), cases, folder=bundle.folder, stop_ids=bundle.tokenizer.stop_ids)
     assert agreement.agrees, agreement
     assert model.generation_config.eos_token_id in (2, [2])

@@ -63,7 +63,7 @@ def test_health_metrics_and_page_answer(served: Served) -> None:
 def test_the_page_shows_a_conversation_as_it_is_written(served: Served, text_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.load(text_bundle)
     asked = ["a fine film", "dull"]
-    first = bundle.answer(asked[:1], bundle.runner(), max_new_tokens=500)[0].text
+    first = next(bundle.answer(asked[:1], bundle.runner(), max_new_tokens=500)).text
     page = seen_on(served.url, tmp_path, *({"text": text} for text in asked))
     assert page["title"] == "tiny"
     assert [who for who, _ in page["seen"]] == ["you", "it", "you", "it"]
