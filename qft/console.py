@@ -168,7 +168,6 @@ def _quality(quality: dict[str, Any]) -> str:
 
 def print_summary(summary: Summary) -> None:
     """The waterfall, what ships, where to look, and what to type next."""
-    from qft.bundle.apps import APPS  # here: it brings onnxruntime, whose absence the doctor has to be able to tell
 
     if summary.waterfall:
         out.print(_waterfall_table(summary))
@@ -190,8 +189,7 @@ def print_summary(summary: Summary) -> None:
     if (report := Path(summary.run_folder, "report.html")).exists():
         print_line(f"report   {report}")
     if bundle:
-        page = f"   or: qft export --app web {bundle} page" if summary.task in APPS["web"].tasks else ""
-        print_line(f"next     qft predict --bundle {bundle}{page}")
+        print_line(f"next     qft predict --bundle {bundle}   or: qft export --app web {bundle} page")
 
 
 def _waterfall_table(summary: Summary) -> Table:

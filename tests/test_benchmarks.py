@@ -283,7 +283,18 @@ def test_a_part_on_a_card_has_a_process_of_its_own_and_no_more_than_what_is_left
     assert gpu.one(words, until=time.monotonic() + 0.2) == {"passed": False, "error": "took more than 0.2 s"}
     assert gpu.one(words, until=time.monotonic() + 300, part_seconds=0.1)["error"] == "took more than 0.1 s"
     assert "not begun" in gpu.one(words, until=time.monotonic() - 1)["error"]
+    peer = gpu.one(["--device", "cpu", "--part", "trl_1b"], until=time.monotonic() - 1)
+    assert peer["passed"]
+    assert "not begun" in peer["not_measured"]
     assert "no_such_part" in gpu.one(["--part", "no_such_part"], until=time.monotonic() + 300)["error"]
+
+
+def test_the_bundle_that_a_card_is_asked_for_is_the_newest_made_for_one(tmp_path: Path) -> None:
+    assert gpu.newest_bundle(tmp_path) is None
+    for age, name in ((3, "a/bundles/cuda-int4"), (1, "b/bundles/cuda-fp16"), (0, "b/bundles/cpu-int4")):
+        (tmp_path / name).mkdir(parents=True)
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    assert gpu.newest_bundle(tmp_path) == tmp_path / "b/bundles/cuda-fp16"
 
 
 def test_what_a_peer_cannot_do_is_reported_and_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,23 @@ def test_reading_in_parts_and_going_on_gives_the_greedy_answer(
     assert feed.known([1, *prompt]) == 0
 
 
+def test_what_was_not_read_to_its_end_is_not_known(
+    runner: OnnxRunner, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tokenizer.encode("a fine film last night with friends")
+    other = [*first[:4], *tokenizer.encode("dull and slow")]
+    feed = Feed(runner)
+    feed.after(first)
+    with monkeypatch.context() as broken:
+        broken.setattr(runner, "extend", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            feed.after(other)
+    longer = [*first, *tokenizer.encode("again")]
+    assert feed.known(longer) == 4
+    np.testing.assert_allclose(feed.after(longer), Feed(runner).after(longer), rtol=1e-4, atol=1e-4)
+    assert feed.known([]) == feed.known(first[:1]) == 0
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_two_texts_begin_with_is_read_once(
     path: Path, runner: OnnxRunner, tokenizer: TextTokenizer, fused: bool

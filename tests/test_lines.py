@@ -30,6 +30,7 @@ def asked(values: dict[str, Any], manifest: dict[str, Any] = WRITES, **how: Any)
         ({"title": "A", "body": "b"}, WRITES | {"prompt": "{title}: {body}"}, "A: b"),
         ({"text": 3.5}, WRITES, "3.5"),
         ({"translation": {"en": "a dog", "de": "ein Hund"}}, {"task": "translation", "column": "en"}, "a dog"),
+        ({"translation": {"en": "a dog"}, "source": "opus"}, {"task": "translation", "column": "en"}, "a dog"),
         ({"text": "dull"}, {"task": "text-classification"}, "dull"),  # a bundle that an older qft made
     ],
 )

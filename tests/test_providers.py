@@ -13,10 +13,9 @@ from onnx import TensorProto, helper
 
 from qft.bundle.manifest import Bundle
 from qft.bundle.session import PROVIDERS, open_session
-from qft.cli.start import lacking_kernels
 from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
-from qft.graph.providers import count_operators, without_kernel, written
+from qft.graph.providers import count_operators, lacking, without_kernel, written
 from qft.paths import shipped
 from qft.quant.grids import grids_of
 from qft.recipe_yaml import read_yaml
@@ -94,7 +93,7 @@ def test_nodes_are_counted_in_branches_too(tmp_path: Path) -> None:
 
 def test_a_plan_warns_of_what_a_target_asks_for_in_vain() -> None:
     asked = [find_target(name) for name in ("cpu-int4", "cuda-int4", "openvino")]
-    assert lacking_kernels(asked) == {"openvino": ["com.microsoft::GatherBlockQuantized"]}
+    assert lacking(asked) == {"openvino": ["com.microsoft::GatherBlockQuantized"]}
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +131,10 @@ def test_a_float_graph_has_the_lowest_operator_set_of_its_targets_and_names_what
     assert export.lowest_opset([newer, older]) == 18
     assert export.lowest_opset([newer]) == 20
     files = [exported[18]]
-    assert export.without_kernels([newer, older], files) == {
-        "openvino": ["IsNaN", "com.microsoft::GatherBlockQuantized"]
-    }
+    assert lacking([newer, older], files) == {"openvino": ["IsNaN", "com.microsoft::GatherBlockQuantized"]}
     # A model's own operators, before anything is quantized: ScatterND of a Whisper is none of CoreML's, say.
     monkeypatch.setattr("qft.graph.providers.count_operators", lambda _: {"ScatterND": 2, "Add": 9})
-    assert export.without_kernels([find_target("coreml"), find_target("cpu-int4")], files) == {"coreml": ["ScatterND"]}
+    assert lacking([find_target("coreml"), find_target("cpu-int4")], files) == {"coreml": ["ScatterND"]}
 
 
 def test_nodes_without_kernel_are_counted_in_a_bundle_and_the_processors_is_not_read(
@@ -145,11 +142,11 @@ def test_nodes_without_kernel_are_counted_in_a_bundle_and_the_processors_is_not_
 ) -> None:
     profile = find_target("openvino")
     quantize_graph(exported[18], tmp_path / "model.onnx", GraphPlan(grids_of(profile), 0), {})
-    assert quantize.without_kernels(profile, [tmp_path / "model.onnx"]) == {
+    assert quantize.nodes_without_kernel(profile, [tmp_path / "model.onnx"]) == {
         "IsNaN": 2,
         "com.microsoft::GatherBlockQuantized": 1,
     }
-    assert quantize.without_kernels(find_target("cpu-int4"), [tmp_path / "not-there.onnx"]) == {}
+    assert quantize.nodes_without_kernel(find_target("cpu-int4"), [tmp_path / "not-there.onnx"]) == {}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu/run.sh                          on the card: benchmarks/results/gpu/NAME.json and a row in README.md there
 #   bash benchmarks/gpu/run.sh --device cpu             the same code on a tiny model, without a card; nothing is kept
 #   bash benchmarks/gpu/run.sh --wheels FOLDER          first installs the wheels of wheels.txt from a folder, into .gpu-packages/
-#   bash benchmarks/gpu/run.sh --bundle RUN/bundles/cuda-int4    measures a bundle under onnxruntime-gpu, too
+#   bash benchmarks/gpu/run.sh --bundle RUN/bundles/cuda-int4    under onnxruntime-gpu, instead of the newest of runs/*/bundles/cuda-*
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON="${PYTHON:-python3}"

@@ -97,17 +97,14 @@ def python_lines(task: str, folder: str, *, has_labels: bool) -> list[str]:
 
 
 def _use(manifest: Mapping[str, Any]) -> Iterator[str]:
-    from qft.bundle.apps import APPS  # they read bundles, and this is written with one
-
     yield "## Use"
     yield ""
     yield "```python"
     yield from python_lines(manifest["task"], ".", has_labels=bool(manifest["labels"]))
     yield "```"
     yield ""
-    app = "`qft export --app web FOLDER OUT` puts it into an app. " if manifest["task"] in APPS["web"].tasks else ""
     yield (
-        f"{app}transformers.js and optimum (`{manifest['ort_class']}`) open it{' too' if app else ''}; "
+        f"`qft export --app web FOLDER OUT` puts it into an app. transformers.js and optimum (`{manifest['ort_class']}`) open it too; "
         "`qft check FOLDER` compares every file with its hash and every golden case with what a machine computes."
     )
     yield ""

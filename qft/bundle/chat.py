@@ -63,8 +63,9 @@ class Conversation:
 
     def _prompt(self, max_new_tokens: int) -> list[int]:
         """Ids of as many of the last turns as leave room for the answer."""
+        forgotten = self.forgotten
         while True:
-            shown = self.turns[self.forgotten :]
+            shown = self.turns[forgotten:]
             messages = [Message("system", self._system)] if self._system else []
             for turn in shown:
                 messages.append(Message("user", self._bundle.content(turn.user)))
@@ -72,6 +73,7 @@ class Conversation:
                     messages.append(Message("assistant", turn.answer))
             ids = self._tokenizer.encode(self._tokenizer.render(messages, add_generation_prompt=True))
             if len(ids) + max_new_tokens <= self._bundle.longest:
+                self.forgotten = forgotten  # not before: a line that is refused leaves all as it was
                 return ids
             if len(shown) == 1:
                 self.turns.pop()
@@ -79,4 +81,4 @@ class Conversation:
                     f"{len(ids)} tokens and an answer of {max_new_tokens} are more than the model's {self._bundle.longest}",
                     hint="say less, or set a smaller --max-new-tokens",
                 )
-            self.forgotten += 1
+            forgotten += 1

@@ -41,7 +41,8 @@ class Feed:
     def known(self, ids: Sequence[int]) -> int:
         """How many of `ids` need not be read again: those they begin with as what was read did, and never the last."""
         same = (ours == theirs for ours, theirs in zip(self._read, ids[:-1], strict=False))
-        return next((place for place, equal in enumerate(same) if not equal), min(len(self._read), len(ids) - 1))
+        most = max(0, min(len(self._read), len(ids) - 1))
+        return next((place for place, equal in enumerate(same) if not equal), most)
 
     def after(self, ids: Sequence[int]) -> np.ndarray:
         """float32 (vocabulary,)."""
@@ -54,7 +55,7 @@ class Feed:
         if place == 0:
             self.forget()
         elif self._cache is not None and place < self._cache.length:
-            self._cache = self._cache.cut(place)
+            self._read, self._cache = self._read[:place], self._cache.cut(place)
         while place < len(ids):
             part = list(ids[place : place + READ_AT_ONCE])
             if self._cache is None:

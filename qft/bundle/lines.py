@@ -48,9 +48,16 @@ def lines_of(rows: Sequence[Row], manifest: Mapping[str, Any], home: Path, colum
     column: that holds the text or the sound file; None: the recipe's, or one whose name says it. home: where paths of sound files
     start. Raises InputError for a row without that column, a sound file that is not there, a conversation without a question.
     """
+    rows = [_unwrapped(row) for row in rows]
     known = [name for name in (manifest.get("column"), *_ASKED) if name in rows[0].values]
     column = column or next(iter(known), manifest.get("column") or _ASKED[0])
     return [_line_of(row, manifest, home, column) for row in rows]
+
+
+def _unwrapped(row: Row) -> Row:
+    """Sets of translations on the hub keep both sides in a column of their own."""
+    inner = row.values.get("translation")
+    return Row(inner, row.where) if isinstance(inner, dict) else row
 
 
 def _line_of(row: Row, manifest: Mapping[str, Any], home: Path, column: str) -> str:
@@ -63,8 +70,6 @@ def _line_of(row: Row, manifest: Mapping[str, Any], home: Path, column: str) -> 
         return _unanswered(Row({"messages": values["input"]}, row.where))
     if prompt and around_place(prompt) is None:  # of several columns
         return fill(prompt, row)
-    if isinstance(inner := values.get("translation"), dict):  # as the hub's sets of translations have it
-        row = Row(inner, row.where)
     text = text_of(column_of(row, column, "--column"))
     if task == "automatic-speech-recognition":
         return find_clip([home], text, row.where).path
@@ -77,7 +82,7 @@ def _unanswered(row: Row) -> str:
     messages = list(found)
     while messages and messages[-1].role == "assistant":
         messages.pop()
-    if not messages:
+    if not any(message.role == "user" for message in messages):
         raise InputError("nothing is asked", where=row.where, hint="a conversation needs a user's turn to be answered")
     return _json({"messages": [message.as_dict() for message in messages], "tools": list(tools)})
 

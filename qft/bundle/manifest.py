@@ -60,7 +60,7 @@ def size_bytes(folder: Path) -> int:
 
 
 class Bundle:
-    """An opened bundle: `bundle = Bundle.load(folder); bundle.answer(["…"], bundle.runner())`, or `classify`."""
+    """An opened bundle: `bundle = Bundle.load(folder); bundle.classify(["…"], bundle.runner())`, or `answer`."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder

@@ -121,7 +121,7 @@ def _set_encodings() -> None:
         if not hasattr(stream, "reconfigure"):  # none at all, or another program's
             continue
         if stream.isatty() or "PYTHONIOENCODING" in os.environ:
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="strict" if stream is sys.stdin and not stream.isatty() else "replace")
         elif stream is sys.stdin:
             stream.reconfigure(encoding="utf-8-sig", errors="strict")
         else:

@@ -61,8 +61,10 @@ def predict_command(
     """
     if labels and schema:
         raise InputError("an answer is kept to labels or to a schema", where="--labels, --schema", hint="leave one out")
-    if out is not None and out.suffix != ".jsonl":
-        raise InputError(f"{out} would hold JSON lines", where="--out", hint=f"name it {out.with_suffix('.jsonl')}")
+    if out is not None:
+        _check_out(out)
+    if column and rows is None:
+        raise InputError("a column is one of rows", where="--column", hint="name their file with --rows")
     bundle = open_bundle(bundle_name, runs)
     given, lines = _asked(texts, rows, column, bundle)
     answers = predictions(
@@ -83,6 +85,17 @@ def predict_command(
     else:
         for answer in answers:
             print_line(str(answer))
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".jsonl":
+        raise InputError(f"{out} would hold JSON lines", where="--out", hint=f"name it {out.with_suffix('.jsonl')}")
+    if out.exists():
+        raise InputError(f"{out} is there already", where="--out", hint="name another file, or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {out.parent}: {error.strerror}", where="--out") from None
 
 
 def _asked(

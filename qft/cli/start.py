@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from qft.measure.speed import mb
 if TYPE_CHECKING:
     from qft.stages import prepare
     from qft.stages.job import Job
-    from qft.targets import Target
     from qft.training.trial import Trial
 
 _SHOWN_ROWS = 3
@@ -92,6 +90,7 @@ def _planned(job: Job, screen: Screen, *, tries: bool) -> _Plan:
     from qft import pipeline
     from qft.data.tokenizer import TextTokenizer
     from qft.device_memory import ModelSize
+    from qft.graph.providers import lacking
     from qft.known_bases import run_bytes
     from qft.stages import prepare, tune
     from qft.targets import find_target
@@ -104,18 +103,10 @@ def _planned(job: Job, screen: Screen, *, tries: bool) -> _Plan:
         tune.choices(job),
         run_bytes(ModelSize.of(facts.base_folder).weights),
         tune.trial(job) if tries else None,
-        lacking_kernels([find_target(name) for name in job.recipe.export.targets]),
+        lacking([find_target(name) for name in job.recipe.export.targets]),
         [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])],
         [(row.where, job.task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]],
     )
-
-
-def lacking_kernels(targets: Sequence[Target]) -> dict[str, list[str]]:
-    """Target → onnxruntime's own operators that it asks for and that its provider has no kernel for."""
-    from qft.graph.providers import without_kernel, written
-
-    found = {target.name: without_kernel(target, written(target)) for target in targets}
-    return {name: operators for name, operators in found.items() if operators}
 
 
 def _show(plan: _Plan) -> None:

@@ -6,7 +6,7 @@ onnxruntime runs such nodes on the processor, and what they read and write is co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qft.recipe_yaml import read_yaml
@@ -33,6 +33,14 @@ def written(target: Target) -> list[str]:
     fused = ["GroupQueryAttention"] if "attention" in target.fusions else []
     found = ["MatMulNBits"] * bool(target.linear) + ["GatherBlockQuantized"] * bool(target.head) + fused
     return [_MICROSOFT + name for name in found]
+
+
+def lacking(targets: Sequence[Target], files: Iterable[Path] = ()) -> dict[str, list[str]]:
+    """Target → what its provider lacks of what the target asks for, and of float graphs, before anything is made of them."""
+    elsewhere = [target for target in targets if target.provider != "cpu"]
+    found = {operator for file in files for operator in count_operators(file)} if elsewhere else set()
+    operators = {target.name: without_kernel(target, [*found, *written(target)]) for target in elsewhere}
+    return {name: names for name, names in operators.items() if names}
 
 
 def count_operators(path: Path) -> Counter[str]:

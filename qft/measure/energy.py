@@ -92,7 +92,7 @@ class _Cards:
             nvml.nvmlInit()
             handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
             return cls([partial(nvml.nvmlDeviceGetTotalEnergyConsumption, one) for one in handles], nvml.NVMLError)
-        except nvml.NVMLError:
+        except (nvml.NVMLError, AttributeError):  # an older pynvml counts no energy
             return unread
 
     def joules(self) -> float | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Facts:
 
     quality: Quality
     bundle_bytes: int
-    without_kernel: dict[str, list[str]]
+    without_kernel: dict[str, list[str]] = field(default_factory=dict)
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def float_files(recipe: Recipe) -> dict[str, str]:
 def run(job: Job) -> Facts:
     """Export, describe, measure."""
     from qft.graph.export_optimum import export_float
+    from qft.graph.providers import lacking
 
     with folder_aside(job.run.bundle(TARGET)) as aside:
         (aside / "onnx").mkdir()
@@ -86,19 +87,9 @@ def run(job: Job) -> Facts:
             on_progress=job.on_progress,
         )
         describe(job, aside, target=TARGET, models=float_files(job.recipe))
-        lacking = without_kernels(_targets(job.recipe), Bundle.load(aside).models.values())
+        found = lacking(_targets(job.recipe), Bundle.load(aside).models.values())
         quality = measure_bundle(job, "export", aside)
-    return Facts(quality, size_bytes(job.run.bundle(TARGET)), lacking)
-
-
-def without_kernels(targets: list[Target], files: Iterable[Path]) -> dict[str, list[str]]:
-    """Target → what its provider lacks of float graphs and of what the target asks for, before anything is made of them."""
-    from qft.graph.providers import count_operators, without_kernel, written
-
-    elsewhere = [target for target in targets if target.provider != "cpu"]
-    found = {operator for file in files for operator in count_operators(file)} if elsewhere else set()
-    lacking = {target.name: without_kernel(target, [*found, *written(target)]) for target in elsewhere}
-    return {name: operators for name, operators in lacking.items() if operators}
+    return Facts(quality, size_bytes(job.run.bundle(TARGET)), found)
 
 
 def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) -> None:
@@ -125,7 +116,6 @@ def describe(job: Job, folder: Path, *, target: str, models: Mapping[str, str]) 
         keys=task_keys(recipe),
         max_length=recipe.training.max_length,
         prompt=recipe.data.prompt,
-        prompt_column=facts.prompt_column,
         column=facts.prompt_column or shape_of(recipe, ()).asked,
         system=recipe.data.system,
         inputs=[i.name for i in session.get_inputs()],

@@ -118,7 +118,7 @@ def ship(job: Job, target: Target) -> TargetFacts:
         large = _large_activations(job) if target.half else {}
         if target.half:
             update(aside, large_activations=large)
-        without = without_kernels(target, [aside / name for name in files.values()])
+        without = nodes_without_kernel(target, [aside / name for name in files.values()])
         calibration = _calibration(job, aside)
         quality = export.measure_bundle(job, f"quantize-{target.name}", aside)
         job.on_progress(Progress("golden cases", 0))
@@ -135,7 +135,7 @@ def ship(job: Job, target: Target) -> TargetFacts:
     )
 
 
-def without_kernels(target: Target, files: list[Path]) -> dict[str, int]:
+def nodes_without_kernel(target: Target, files: list[Path]) -> dict[str, int]:
     """What of the graphs the target's provider cannot run; those of the processor's are not looked at."""
     from qft.graph.providers import count_operators, without_kernel
 

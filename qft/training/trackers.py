@@ -48,8 +48,8 @@ class Trackers:
 
     def step(self, line: Mapping[str, float]) -> None:
         """Tell a line of metrics.jsonl."""
-        if not self._started:
-            self._started = [self._start(name) for name in self._names]
+        for name in self._names[len(self._started) :]:  # one by one: if another does not start, this one is finished
+            self._started.append(self._start(name))
         for tracker in self._started:
             tracker.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 

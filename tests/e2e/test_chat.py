@@ -92,10 +92,11 @@ def test_turns_that_no_longer_fit_are_forgotten(bundle: Bundle) -> None:
     talk = Conversation(bundle, bundle.runner())
     for number in range(12):
         list(talk.say(f"{number} a fine film last night with friends", max_new_tokens=8))
-    assert 0 < talk.forgotten < 12
+    forgotten = talk.forgotten
+    assert 0 < forgotten < 12
     with pytest.raises(InputError, match="more than the model's 256"):
         list(talk.say("a fine film " * 100, max_new_tokens=8))
-    assert len(talk.turns) == 12
+    assert (len(talk.turns), talk.forgotten) == (12, forgotten)  # a line that is refused leaves all as it was
 
 
 def test_chat_as_typed(finished: Path, typed: Type) -> None:

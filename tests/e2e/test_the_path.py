@@ -214,6 +214,9 @@ def test_rows_of_a_file_are_answered_into_another(finished: Path, typed: Type) -
     assert {"input": "dull, and slow", **rows[0]["predicted"]} == same
     for line, words in (
         ("qft predict --rows new.csv --out new.csv", "new.jsonl"),
+        ("qft predict --rows new.csv --out answers/new.jsonl", "is there already"),
+        ("qft predict --rows new.csv --out new.csv/new.jsonl", "cannot make new.csv"),
+        ("qft predict --column text dull", "--rows"),
         ("qft predict --rows new.csv text", "not both"),
         ("qft predict --rows new.csv --column txt --out none.jsonl", "did you mean 'text'?"),
     ):
