@@ -168,7 +168,6 @@ def _quality(quality: dict[str, Any]) -> str:
 
 def print_summary(summary: Summary) -> None:
     """The waterfall, what ships, where to look, and what to type next."""
-
     if summary.waterfall:
         out.print(_waterfall_table(summary))
     if summary.speeds:

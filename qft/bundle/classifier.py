@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from qft.bundle.session import open_session
+from qft.bundle.session import SessionKeys, open_session
 from qft.data.labelled import Labelled
 
 
@@ -80,14 +81,11 @@ class OnnxClassifier:
         model: Path,
         *,
         pad_id: int,
-        threads: int = 0,
         provider: str = "cpu",
-        provider_options: Mapping[str, str] | None = None,
+        **session: Unpack[SessionKeys],
     ) -> None:
         """Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(
-            model, threads=threads, provider=provider, provider_options=provider_options
-        )
+        self.session, self.threads = open_session(model, provider=provider, **session)
         self.pad_id = pad_id
         self._named = {i.name for i in self.session.get_inputs()}
 

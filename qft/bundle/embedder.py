@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from qft.bundle.session import open_session
+from qft.bundle.session import SessionKeys, open_session
 
 OUTPUT = "sentence_embedding"  # as optimum's exporter of sentence-transformers names it
 _NEAREST = 5
@@ -79,14 +80,11 @@ class OnnxEmbedder:
         *,
         pad_id: int,
         temperature: float,
-        threads: int = 0,
         provider: str = "cpu",
-        provider_options: Mapping[str, str] | None = None,
+        **session: Unpack[SessionKeys],
     ) -> None:
         """temperature: see `neighbour_logits`. Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(
-            model, threads=threads, provider=provider, provider_options=provider_options
-        )
+        self.session, self.threads = open_session(model, provider=provider, **session)
         self.pad_id, self.temperature = pad_id, temperature
         self._named = {i.name for i in self.session.get_inputs()}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
-from qft.bundle.session import open_session
+from qft.bundle.session import SessionKeys, open_session
 from qft.data.windows import Window, text_numbers
 
 PADDING = (
@@ -90,14 +91,11 @@ class OnnxReader:
         *,
         pad_id: int,
         pair_mark: int | None,
-        threads: int = 0,
         provider: str = "cpu",
-        provider_options: Mapping[str, str] | None = None,
+        **session: Unpack[SessionKeys],
     ) -> None:
         """pair_mark: see `TextTokenizer.pair_mark`. Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(
-            model, threads=threads, provider=provider, provider_options=provider_options
-        )
+        self.session, self.threads = open_session(model, provider=provider, **session)
         self.pad_id, self.pair_mark = pad_id, pair_mark
         self._named = {i.name for i in self.session.get_inputs()}
 

@@ -6,15 +6,15 @@ No torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import numpy as np
 import onnxruntime as ort
 
-from qft.bundle.session import FLOATS, open_session, past_device, run_bound
+from qft.bundle.session import FLOATS, SessionKeys, open_session, past_device, run_bound
 from qft.data.audio import Clip, log_mel, samples
 from qft.data.sequences import Given, Source, positions
 from qft.data.tokenizer import TextTokenizer
@@ -174,14 +174,12 @@ class OnnxNetwork:
         decoder: Path,
         *,
         reader: Reader,
-        threads: int = 0,
         provider: str = "cpu",
-        provider_options: Mapping[str, str] | None = None,
+        **session: Unpack[SessionKeys],
     ) -> None:
         """Raises InputError as `open_session` does."""
         (self.encoder, self.threads), (self.decoder, _) = (
-            open_session(model, threads=threads, provider=provider, provider_options=provider_options)
-            for model in (encoder, decoder)
+            open_session(model, provider=provider, **session) for model in (encoder, decoder)
         )
         self.reader = reader
         self._past_device = past_device(provider)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import onnxruntime as ort
@@ -42,8 +43,15 @@ def physical_cores() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
+class SessionKeys(TypedDict, total=False):
+    """What models pass on to `open_session` as it was given to them."""
+
+    threads: int
+    provider_options: Mapping[str, str]
+
+
 def open_session(
-    model: Path, *, threads: int, provider: str, provider_options: Mapping[str, str] | None = None
+    model: Path, *, provider: str, threads: int = 0, provider_options: Mapping[str, str] | None = None
 ) -> tuple[ort.InferenceSession, int]:
     """A session and the threads it runs on (0: one a physical core). provider_options: in the provider's own words.
 
@@ -114,14 +122,11 @@ class OnnxRunner:
         model: Path,
         *,
         pad_id: int,
-        threads: int = 0,
         provider: str = "cpu",
-        provider_options: Mapping[str, str] | None = None,
+        **session: Unpack[SessionKeys],
     ) -> None:
         """Raises InputError as `open_session` does."""
-        self.session, self.threads = open_session(
-            model, threads=threads, provider=provider, provider_options=provider_options
-        )
+        self.session, self.threads = open_session(model, provider=provider, **session)
         self.pad_id = pad_id
         self._outputs = [o.name for o in self.session.get_outputs()]
         inputs = {i.name: i for i in self.session.get_inputs()}
