@@ -12,7 +12,7 @@ from qft.errors import InputError, Problem
 from qft.paths import shipped
 from qft.recipe_yaml import read_yaml
 
-Fusion = Literal["attention", "filling", "first_token", "biases", "products"]
+Fusion = Literal["attention", "filling", "first_token", "norms", "biases", "products"]
 FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
 
 
@@ -56,7 +56,8 @@ class Target(BaseModel):
     fuse: bool | tuple[Fusion, ...] = Field(
         False,
         description="all that qft knows to fuse, or some: attention (a layer's as one operator), filling (an encoder computes nothing "
-        "for it), first_token (nor what no head over labels reads), biases (added by products), products (of equal inputs as one)",
+        "for it), first_token (nor what no head over labels reads), norms (with the sums before them), biases (added by products), "
+        "products (of equal inputs as one)",
     )
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from qft.bundle.session import OnnxRunner
 from qft.errors import InputError
 from qft.graph.attention import fuse_attention
 from qft.graph.export_optimum import export_float
+from qft.graph.matmulnbits import GraphPlan, quantize_graph
+from qft.quant.grids import Grids, Scheme
+from qft.targets import FUSIONS
 
 VOCABULARY, POSITIONS = 320, 256
 CLOSE = 1e-5  # of the largest logit: float32 sums of some hundred products, in another order
@@ -176,3 +180,30 @@ def test_a_text_longer_than_the_model_was_made_for_is_read_as_before(runners: tu
 def test_a_text_longer_than_the_angles_is_the_users_error(fused: Path) -> None:
     with pytest.raises(InputError, match="9,000 tokens are more than the 8,192 that this bundle reads"):
         OnnxRunner(fused, pad_id=2).logits(texts(9000), 1)
+
+
+def written(source: Path, name: str, fuse: Sequence[str]) -> tuple[Path, Counter[str]]:
+    """The file, and how many operators it has of each kind. No activation is rounded: only the order of sums differs."""
+    plan = GraphPlan(Grids(Scheme(8, 32), head=Scheme(8, 32)), 0, fuse=fuse, positions=POSITIONS)
+    target = source.with_name(f"{name}.onnx")
+    quantize_graph(source, target, plan, {})
+    return target, Counter(node.op_type for node in ir.load(target).graph)
+
+
+@pytest.mark.parametrize("name", ["attention", "norms", "products"])
+def test_each_fusion_gives_the_same_logits_alone_and_can_be_left_out(plain: Path, name: str) -> None:
+    others = [other for other in FUSIONS if other != name]
+    (none, nothing), (alone, some) = written(plain, "none", ()), written(plain, "alone", [name])
+    (whole, everything), (without, fewer) = written(plain, "all", FUSIONS), written(plain, "without", others)
+    assert some != nothing
+    assert fewer != everything
+    for one, other in ((none, alone), (none, whole), (none, without)):
+        assert max(differences(one, other, [9, 1, 4, 1], [3], left=True)) < CLOSE
+        assert max(differences(one, other, [9, 1, 1], [2, 8, 0], left=True)) < CLOSE
+
+
+def test_norms_but_the_first_take_the_sums_before_them(plain: Path) -> None:
+    """Two of each layer, and the last one. Of the first, which has no sum, onnxruntime makes what it makes of others."""
+    _, kinds = written(plain, "all", FUSIONS)
+    assert kinds["SkipSimplifiedLayerNormalization"] == 4
+    assert kinds["Pow"] == 1

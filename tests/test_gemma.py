@@ -16,6 +16,7 @@ from qft.bundle.classifier import OnnxClassifier
 from qft.bundle.session import OnnxRunner
 from qft.graph.attention import fuse_attention
 from qft.graph.export_optimum import export_float
+from qft.graph.norms import fuse_norms
 from qft.measure.parity import compare
 from qft.training.classify import TorchClassifier
 from qft.training.runner import TorchRunner
@@ -89,13 +90,15 @@ def test_beyond_the_window_the_export_gives_the_logits_of_torch(tiny_gemma: Path
 def fused_copy(model: Path, *, window: int, positions: int) -> OnnxRunner:
     fused = ir.load(model)
     assert fuse_attention(fused, positions=positions) == 3
+    # Those before a part, but the first of all, and the last one; what is behind a part is no sum.
+    assert fuse_norms(fused) == 2 * 3
     windows = [n.attributes["local_window_size"].as_int() for n in fused.graph if n.op_type == "GroupQueryAttention"]
     assert windows == [window, -1, window]
     ir.save(fused, model.with_name("fused.onnx"))
     return OnnxRunner(model.with_name("fused.onnx"), pad_id=0)
 
 
-def test_fused_attention_keeps_window_and_bases(tiny_gemma: Path, exported: OnnxRunner) -> None:
+def test_fused_attention_and_norms_keep_window_and_bases(tiny_gemma: Path, exported: OnnxRunner) -> None:
     fused = fused_copy(tiny_gemma / "onnx/model.onnx", window=WINDOW, positions=256)
     prompts = rows(5, 40, 60)
     assert compare(TorchRunner(float_model(tiny_gemma), 0), fused, prompts).max_logit_difference < 1e-3

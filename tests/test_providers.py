@@ -45,12 +45,13 @@ def target(provider: str) -> Target:
         ("webgpu", []),
         ("directml", ["GatherBlockQuantized"]),
         ("openvino", ["GatherBlockQuantized", "GroupQueryAttention"]),
-        ("coreml", ["GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits"]),
+        ("coreml", ["GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "SkipSimplifiedLayerNormalization"]),
     ],
 )
 def test_what_a_provider_lacks_of_a_fused_bundle_of_4_bits(provider: str, lacking: list[str]) -> None:
     asked = written(target(provider))
-    assert asked == [MICROSOFT + name for name in ("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention")]
+    wanted = ("MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention", "SkipSimplifiedLayerNormalization")
+    assert asked == [MICROSOFT + name for name in wanted]
     assert without_kernel(target(provider), [*asked, "Add"]) == [MICROSOFT + name for name in lacking]
 
 

@@ -21,6 +21,7 @@ from qft.graph.edit import MICROSOFT, array, constant, drop_unused, give_instead
 from qft.graph.encoder import fuse_encoder
 from qft.graph.half import infer_types, to_half
 from qft.graph.merge_products import merge_biases, merge_products
+from qft.graph.norms import fuse_norms
 from qft.progress import OnProgress, Progress, silent
 from qft.quant.grids import Grids, Quantized, Scheme, dequantize, pack, quantize_nearest
 
@@ -65,6 +66,8 @@ def quantize_graph(
     model = infer_types(ir.load(source)) if plan.half else ir.load(source)
     if "attention" in plan.fuse and not fuse_attention(model, positions=plan.positions):
         fuse_encoder(model, filling="filling" in plan.fuse, first_token="first_token" in plan.fuse)
+    if "norms" in plan.fuse:
+        fuse_norms(model)
     done: list[QuantizedTensor] = []
     if plan.grids is not None:
         done = _put_on_grids(model.graph, plan, plan.grids, folded, on_progress)

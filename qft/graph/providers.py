@@ -30,8 +30,9 @@ def without_kernel(target: Target, operators: Iterable[str]) -> list[str]:
 
 def written(target: Target) -> list[str]:
     """onnxruntime's own operators that a target's profile asks for, whatever the model."""
-    fused = ["GroupQueryAttention"] if "attention" in target.fusions else []
-    found = ["MatMulNBits"] * bool(target.linear) + ["GatherBlockQuantized"] * bool(target.head) + fused
+    found = ["MatMulNBits"] * bool(target.linear) + ["GatherBlockQuantized"] * bool(target.head)
+    found += ["GroupQueryAttention"] * ("attention" in target.fusions)
+    found += ["SkipSimplifiedLayerNormalization"] * ("norms" in target.fusions)
     return [_MICROSOFT + name for name in found]
 
 
