@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qft.graph.edit import array, constant, drop_unused, give_instead, insert, made_by
+from qft.graph.edit import array, constant, drop_unused, give_instead, insert, made_by, read_by
 
 _ALIKE = ("bits", "block_size", "K", "accuracy_level")
 _BIAS = 5  # which input it is
@@ -40,15 +40,18 @@ def _with_bias(node: ir.Node) -> tuple[ir.Node | None, ir.Value | None]:
         return None, None
     for value, bias in (node.inputs, reversed(node.inputs)):
         product, numbers = made_by(value, "MatMulNBits"), array(bias)
-        alone = product is not None and len(list(product.outputs[0].uses())) == 1
-        if (
-            product is not None
-            and alone
-            and numbers is not None
-            and numbers.shape == (product.attributes["N"].as_int(),)
-        ):
+        if product is None or numbers is None or not _can_take_one(product):
+            continue
+        if numbers.shape == (product.attributes["N"].as_int(),):
             return product, bias
     return None, None
+
+
+def _can_take_one(product: ir.Node) -> bool:
+    """Whether it has no bias yet, and what it gives without one is read but once."""
+    (output,) = product.outputs
+    has_one = len(product.inputs) > _BIAS and product.inputs[_BIAS] is not None
+    return not has_one and not output.is_graph_output() and len(list(output.uses())) == 1
 
 
 def merge_products(graph: ir.Graph) -> int:
@@ -76,8 +79,8 @@ def _merge(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     weights = [_stacked(graph, [node.inputs[place] for node in nodes]) for place in range(1, len(first.inputs))]
     alike = {name: first.attributes[name].as_int() for name in _ALIKE}
     product = insert(first, "MatMulNBits", [first.inputs[0], *weights], domain=first.domain, N=sum(rows), **alike)
-    reader = next(iter(outputs[0].uses())).node
-    if reader.op_type == "GroupQueryAttention" and list(reader.inputs[:3]) == outputs:
+    reader = read_by(outputs[0], "GroupQueryAttention")
+    if reader is not None and list(reader.inputs[:3]) == outputs:
         for place, value in enumerate((product, None, None)):
             reader.replace_input_with(place, value)
         return
