@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,17 @@ def exported_logits(model: Any, source: Path, scratch: Path, ids: Any) -> np.nda
             feed[entry.name] = np.zeros((len(ids), entry.shape[1], 0, entry.shape[3]), np.float32)
     (logits,) = session.run(["logits"], feed)
     return np.asarray(logits)
+
+
+def loaded_operators(path: Path) -> Counter[str]:
+    """Operator → nodes that onnxruntime runs of a graph, after the fusions of its own that it makes as it loads."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path.with_suffix(".loaded.onnx")), 3
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in ir.load(path.with_suffix(".loaded.onnx")).graph)
 
 
 def _teach_the_form(model: Any, tokenizer: Any) -> None:

@@ -18,6 +18,7 @@ from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
 from qft.quant.grids import Grids, Scheme
 from qft.targets import FUSIONS
+from tests.conftest import loaded_operators
 
 VOCABULARY, POSITIONS = 320, 256
 CLOSE = 1e-5  # of the largest logit: float32 sums of some hundred products, in another order
@@ -203,7 +204,18 @@ def test_each_fusion_gives_the_same_logits_alone_and_can_be_left_out(plain: Path
 
 
 def test_norms_but_the_first_take_the_sums_before_them(plain: Path) -> None:
-    """Two of each layer, and the last one. Of the first, which has no sum, onnxruntime makes what it makes of others."""
-    _, kinds = written(plain, "all", FUSIONS)
+    """Two of each layer, and the last one. The first has no sum; of it, and of gates, onnxruntime makes operators as it loads."""
+    path, kinds = written(plain, "all", FUSIONS)
     assert kinds["SkipSimplifiedLayerNormalization"] == 4
     assert kinds["Pow"] == 1
+    loaded = loaded_operators(path)
+    assert {
+        name: loaded[name] for name in ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "QuickGelu")
+    } == {
+        "SkipSimplifiedLayerNormalization": 4,
+        "SimplifiedLayerNormalization": 1,
+        "QuickGelu": 2,
+    }
+    assert not loaded.keys() & {"Pow", "Sigmoid", "Sin", "Cos"}
+    without, _ = written(plain, "without", [name for name in FUSIONS if name != "norms"])
+    assert loaded_operators(without)["SkipSimplifiedLayerNormalization"] == 0  # or the pass is needed no more

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from qft.graph.encoder import fuse_encoder
 from qft.graph.export_optimum import export_float
 from qft.graph.matmulnbits import GraphPlan, quantize_graph
-from qft.quant.grids import Grids, Scheme
+from qft.quant.grids import Grids, Scheme, grids_of
 from qft.targets import FUSIONS, Target, find_target
+from tests.conftest import loaded_operators
 
 CLOSE = 1e-5  # of the largest number: float32 sums of some hundred products, in another order
 LENGTHS = [[9], [1, 12, 5], [4, 4, 4], [2, 1]]
@@ -203,6 +204,19 @@ def test_products_take_their_biases_with_them_and_stay_the_same(plain: Path, tmp
         sum(all(value.const_value is None for value in node.inputs) for node in kept) == 2 * 2
     )  # what goes past a part
     assert all(value.const_value is None or value.const_value.size == 1 for node in kept for value in node.inputs)
+
+
+@pytest.mark.parametrize("target", ["cpu-int4", "cpu-int8", "cpu-float32"])
+def test_onnxruntime_makes_one_operator_of_a_gelu_as_it_loads(plain: Path, tmp_path: Path, target: str) -> None:
+    """The exact one, by erf; biases are the products' own by then, so qft needs no pass for either."""
+    found = find_target(target)
+    plan = GraphPlan(grids_of(found) if found.linear else None, found.accuracy_level, fuse=found.fusions)
+    quantize_graph(plain, tmp_path / "model.onnx", plan, {})
+    kinds = loaded_operators(tmp_path / "model.onnx")
+    assert kinds["Gelu"] == 2
+    assert not kinds.keys() & {"Erf", "FastGelu"}
+    assert kinds["Add"] == 2 * 2 + 2  # what goes past a part, and the sum of three embeddings
+    assert kinds["MatMulNBits"] + kinds["Gemm"] == (2 * 6 if target == "cpu-float32" else 2 * 4)
 
 
 @pytest.mark.parametrize("left_out", [name for name in FUSIONS if name != "norms"])  # those are decoders' alone
