@@ -11,6 +11,7 @@ import pytest
 from qft.bundle.manifest import Bundle
 from qft.measure.occlusion import what_carried
 from tests.e2e.conftest import Type, as_json, type_in
+from tests.e2e.optimum import golden_agreement, opened
 
 RUN = "runs/recipe"
 INT4 = f"{RUN}/bundles/cpu-int4"
@@ -61,18 +62,17 @@ def test_the_bundle_says_which_labels_and_how_far_to_trust_it(classified: Path) 
     assert 0.5 <= decision.probability <= 1
 
 
-def test_optimum_gives_the_same_logits(classified: Path) -> None:
+def test_optimum_gives_the_same_logits_and_agrees_with_the_golden_cases(classified: Path) -> None:
     import torch
-    from optimum.onnxruntime import ORTModelForSequenceClassification
 
     bundle = Bundle.load(classified / INT4)
-    model = ORTModelForSequenceClassification.from_pretrained(
-        bundle.folder, subfolder="onnx", file_name="model_q4.onnx"
-    )
+    model = opened(bundle)
     ids = bundle.tokenizer.encode("dull and slow at home", add_special_tokens=True)
     theirs = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64)).logits
     np.testing.assert_allclose(theirs.numpy(), bundle.runner().logits([ids], 1)[:, 0], atol=1e-5)
     assert model.config.id2label == {0: "negative", 1: "positive"}
+    agreement = golden_agreement(bundle)
+    assert agreement.agrees, agreement
 
 
 def test_predict_eval_check_and_report(classified: Path, typed: Type) -> None:

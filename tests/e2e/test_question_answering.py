@@ -14,6 +14,7 @@ from qft.data.passages import Passage
 from qft.data.windows import cut_windows, text_numbers
 from tests.conftest import BAD, GOOD, PLACES
 from tests.e2e.conftest import Type, as_json, type_in
+from tests.e2e.optimum import golden_agreement, opened
 
 RUN = "runs/recipe"
 INT4 = f"{RUN}/bundles/cpu-int4"
@@ -81,12 +82,11 @@ def test_a_passage_is_never_on_both_sides(reading: Path) -> None:
     assert sum(map(len, places)) == len(set.union(*places)) == 140
 
 
-def test_optimum_gives_the_same_logits(reading: Path) -> None:
+def test_optimum_gives_the_same_logits_and_agrees_with_the_golden_cases(reading: Path) -> None:
     import torch
-    from optimum.onnxruntime import ORTModelForQuestionAnswering
 
     bundle = Bundle.load(reading / INT4)
-    model = ORTModelForQuestionAnswering.from_pretrained(bundle.folder, subfolder="onnx", file_name="model_q4.onnx")
+    model = opened(bundle)
     pair = bundle.tokenizer.encode_pair("I loved acting", "dull and slow at home").input_ids
     numbers = torch.tensor([text_numbers(pair, bundle.tokenizer.pair_mark)])
     assert numbers.any()
@@ -97,6 +97,8 @@ def test_optimum_gives_the_same_logits(reading: Path) -> None:
     )
     theirs = torch.stack([out.start_logits, out.end_logits], 1).numpy()
     np.testing.assert_allclose(theirs, bundle.runner().logits([pair], 2), atol=1e-5)
+    agreement = golden_agreement(bundle)
+    assert agreement.agrees, agreement
 
 
 def test_predict_finds_the_place_in_the_context(reading: Path, typed: Type) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from qft.bundle.manifest import Bundle
 from tests.e2e.conftest import Type, as_json, type_in
+from tests.e2e.optimum import golden_agreement
 
 INT4 = "runs/recipe/bundles/cpu-int4"
 TEXTS = ["I loved every minute in town", "dull and slow", "a fine film again"]
@@ -91,6 +92,12 @@ def test_predict_eval_and_check(searched: Path, typed: Type) -> None:
     assert refused.returncode == 2
     refused = typed(searched, "qft run recipe.yaml name=other data.prompt=query:{text}")
     assert "become vectors as they are" in refused.stderr
+
+
+def test_optimum_agrees_with_the_golden_vectors(searched: Path) -> None:
+    agreement = golden_agreement(Bundle.load(searched / INT4))
+    assert agreement.positions >= 8
+    assert agreement.agrees, agreement
 
 
 @pytest.mark.slow

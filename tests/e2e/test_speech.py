@@ -13,6 +13,7 @@ from qft.bundle.seq2seq import speech_prompt
 from qft.data.audio import RATE, Clip, log_mel, samples
 from qft.data.sequences import Given
 from tests.e2e.conftest import Type, as_json, type_in
+from tests.e2e.optimum import golden_agreement, opened
 
 INT4 = "runs/recipe/bundles/cpu-int4"
 TONES = {"low": 250, "mid": 900, "high": 3000}
@@ -73,23 +74,18 @@ def test_speakers_are_kept_apart(spoken: Path) -> None:
     assert len(set.union(*parts.values())) == 10
 
 
-def test_optimum_writes_the_same_text(spoken: Path) -> None:
+def test_optimum_writes_the_same_text_and_agrees_with_the_golden_cases(spoken: Path) -> None:
     import torch
-    from optimum.onnxruntime import ORTModelForSpeechSeq2Seq
 
     bundle, clip = Bundle.load(spoken / INT4), Clip(str(spoken / "sounds/0-1.wav"))
-    model = ORTModelForSpeechSeq2Seq.from_pretrained(
-        bundle.folder,
-        subfolder="onnx",
-        encoder_file_name="encoder_model_q4.onnx",
-        decoder_file_name="decoder_model_merged_q4.onnx",
-        decoder_with_past_file_name="decoder_model_merged_q4.onnx",
-    )
+    model = opened(bundle)
     features = torch.from_numpy(log_mel(samples(clip), 80, 2))[None]
     theirs = model.generate(features, max_new_tokens=8)[0].tolist()
     prompt = speech_prompt(bundle.tokenizer)
     ours = bundle.runner().generate([Given(clip, prompt)], max_new_tokens=8, stop_ids=bundle.stop_ids)[0]
     assert bundle.tokenizer.decode(theirs) == bundle.tokenizer.decode(ours)
+    agreement = golden_agreement(bundle)
+    assert agreement.agrees, agreement
 
 
 def test_predict_eval_and_check(spoken: Path, typed: Type) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from qft.bundle.manifest import Bundle
 from tests.e2e.conftest import Type, as_json, type_in
+from tests.e2e.optimum import golden_agreement, opened
 
 INT8 = "runs/recipe/bundles/cpu-int8"
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
@@ -78,22 +79,17 @@ def test_what_is_done_is_skipped_and_another_seed_is_another_model(translated: P
 
 def test_predict_eval_check_and_optimum(translated: Path, typed: Type) -> None:
     import torch
-    from optimum.onnxruntime import ORTModelForSeq2SeqLM
 
     texts = ["one two three", "six"]
     answers = as_json(typed(translated, "qft predict --json", stdin="\n".join(texts)))["answers"]
     bundle = Bundle.load(translated / INT8)
-    model = ORTModelForSeq2SeqLM.from_pretrained(
-        bundle.folder,
-        subfolder="onnx",
-        encoder_file_name="encoder_model_int8.onnx",
-        decoder_file_name="decoder_model_merged_int8.onnx",
-        decoder_with_past_file_name="decoder_model_merged_int8.onnx",
-    )
+    model = opened(bundle)
     for text, answer in zip(texts, answers, strict=True):
         ids = bundle.tokenizer.encode(text, add_special_tokens=True)
         theirs = model.generate(torch.tensor([ids]), max_new_tokens=32)[0].tolist()
         assert bundle.tokenizer.decode(theirs).strip() == answer["text"]
+    agreement = golden_agreement(bundle)
+    assert agreement.agrees, agreement
     assert as_json(typed(translated, "qft check --json"))["agrees"]
     own = as_json(typed(translated, "qft eval --rows rows.jsonl --json"))["quality"]
     assert own["rows"] == 360
