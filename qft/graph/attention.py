@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from qft.bundle.session import KEPT_LOGITS, READS
+from qft.bundle.session import READS
 from qft.graph.edit import (
     MICROSOFT,
     OtherGraph,
@@ -34,6 +34,7 @@ from qft.graph.edit import (
     through,
 )
 from qft.graph.probe import windows_of
+from qft.graph.rows import head_of, move_rows
 
 _NORM = {"Cast", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"}  # what a norm of heads is made of
 _SIZE = 16  # of a head that the kernel rotates: a multiple of this
@@ -82,7 +83,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
         layers = [_match(node) for node in graph if node.op_type == "Softmax"]
         if not pasts or 2 * len(layers) != len(pasts) or "attention_mask" not in inputs:
             return 0
-        head = _head(graph)
+        head = head_of(graph)
         masks, presents = [layer.mask for layer in layers], [layer.present[0] for layer in layers]
         windows = windows_of(graph, masks, presents, positions=positions)
     except (OtherGraph, ValueError):
@@ -91,7 +92,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
         return 0
     lengths = _lengths(graph, inputs["attention_mask"])
     tables = {angles: _table(graph, angles, positions) for layer in layers for angles in layer.rotation}
-    _move_rows(graph, inputs["input_ids"], inputs["attention_mask"], head)
+    move_rows(graph, inputs["input_ids"], inputs["attention_mask"], head)
     for layer, window in zip(layers, windows, strict=True):
         _fuse(graph, layer, window, [*lengths, *(tables[angles] for angles in layer.rotation)])
     drop_unused(graph)
@@ -182,16 +183,6 @@ def _repeated(value: ir.Value | None) -> ir.Value | None:
     return through(value, "Reshape", "Expand", "Unsqueeze")
 
 
-def _head(graph: ir.Graph) -> ir.Node:
-    """The layer over the vocabulary: the last MatMul before the logits."""
-    value = next((output for output in graph.outputs if output.name == "logits"), None)
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "MatMul":
-            return node
-        value = node.inputs[0]
-    raise OtherGraph
-
-
 def _lengths(graph: ir.Graph, mask: ir.Value) -> list[ir.Value]:
     """int32 (batch,): each row's tokens, past and new, less one, as the kernel wants it; int32 (): the length of the mask."""
     start = next(iter(graph))
@@ -201,36 +192,6 @@ def _lengths(graph: ir.Graph, mask: ir.Value) -> list[ir.Value]:
     return [
         insert(start, "Cast", [value], to=ir.DataType.INT32) for value in (insert(start, "Sub", [tokens, one]), width)
     ]
-
-
-def _move_rows(graph: ir.Graph, ids: ir.Value, mask: ir.Value, head: ir.Node) -> None:
-    """Each row's tokens turn round until its first one is at place 0; what the head reads turns back."""
-    start = next(iter(graph))
-    zero, one = constant(graph, "zero_number", 0), constant(graph, "one_number", 1)
-    readers = [(node, place) for node, place in ids.uses() if node.op_type == "Gather"]
-    count = insert(start, "Gather", [insert(start, "Shape", [ids]), one], axis=0)
-    first_new = insert(start, "Neg", [insert(start, "Unsqueeze", [count, constant(graph, "zero", [0])])])
-    end = constant(graph, "end", [np.iinfo(np.int64).max])
-    new = insert(start, "Slice", [mask, first_new, end, constant(graph, "one", [1])])
-    before = insert(start, "ArgMax", [insert(start, "Cast", [new], to=ir.DataType.INT32)], axis=1, keepdims=1)
-    places = insert(start, "Range", [zero, count, one])
-    there = insert(start, "Mod", [insert(start, "Add", [places, before]), count])
-    moved = insert(start, "GatherElements", [ids, there], axis=1)
-    for node, place in readers:
-        node.replace_input_with(place, moved)
-    last = insert(start, "Neg", [insert(start, "Unsqueeze", [_kept(graph), constant(graph, "zero", [0])])])
-    wanted = insert(start, "Slice", [places, last, end])
-    back = insert(start, "Mod", [insert(start, "Sub", [wanted, before]), count])
-    back = insert(start, "Unsqueeze", [back, constant(graph, "last", [-1])])
-    head.replace_input_with(0, insert(head, "GatherND", [head.inputs[0], back], batch_dims=1))
-
-
-def _kept(graph: ir.Graph) -> ir.Value:
-    """int64 (): of how many last positions logits are wanted, 0 for all. It has a default, so runtimes do not ask for it."""
-    value = constant(graph, KEPT_LOGITS, 0)
-    value.shape, value.type = ir.Shape([]), ir.TensorType(ir.DataType.INT64)
-    graph.inputs.append(value)
-    return value
 
 
 def _table(graph: ir.Graph, angles: _Angles, positions: int) -> ir.Value:
