@@ -220,6 +220,11 @@ class ExportKeys(Section):
     """What is shipped."""
 
     targets: list[str] = Field(["cpu-int4"], min_length=1, description="deployment profiles, see export/targets/")
+    exporter: Literal["optimum", "genai"] = Field(
+        "optimum",
+        description="what makes the float graph that all targets are made of; genai: onnxruntime-genai's model builder, which writes "
+        "decoders by hand, for text-generation, and needs its package",
+    )
     budget: BudgetKeys = Field(BudgetKeys(), description="the quality a target may lose")  # type: ignore[call-arg]
 
 

@@ -38,13 +38,13 @@ from qft.graph.rows import head_of, move_rows
 
 _NORM = {"Cast", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"}  # what a norm of heads is made of
 _SIZE = 16  # of a head that the kernel rotates: a multiple of this
-_LEAST_POSITIONS = (
+LEAST_POSITIONS = (
     8192  # that can be read: the exported graph reads on beyond what a model was made for, as well as it can
 )
 
 
 @dataclass(frozen=True)
-class _Angles:
+class Angles:
     """cos or sin (op_type) of position x frequency, times a factor. frequencies: float32 (head size / 2,)."""
 
     op_type: str
@@ -61,7 +61,7 @@ class _Layer:
     values: ir.Value
     past: tuple[ir.Value, ir.Value]
     present: tuple[ir.Value, ir.Value]
-    rotation: tuple[_Angles, _Angles]
+    rotation: tuple[Angles, Angles]
     mask: ir.Value
     output: ir.Value
     heads: int
@@ -74,7 +74,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
     """Fuse every layer, or none, in place; returns how many. positions: the longest text that the model was made for; longer
     ones can be read up to 8,192 tokens.
     """
-    positions = max(positions, _LEAST_POSITIONS)
+    positions = max(positions, LEAST_POSITIONS)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
@@ -91,7 +91,7 @@ def fuse_attention(model: ir.Model, *, positions: int) -> int:
     if windows is None:
         return 0
     lengths = _lengths(graph, inputs["attention_mask"])
-    tables = {angles: _table(graph, angles, positions) for layer in layers for angles in layer.rotation}
+    tables = {angles: angle_table(graph, angles, positions) for layer in layers for angles in layer.rotation}
     move_rows(graph, inputs["input_ids"], inputs["attention_mask"], head)
     for layer, window in zip(layers, windows, strict=True):
         _fuse(graph, layer, window, [*lengths, *(tables[angles] for angles in layer.rotation)])
@@ -153,7 +153,7 @@ def _rotation(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value]:
     return x, cos, sin
 
 
-def _angles(value: ir.Value) -> _Angles:
+def _angles(value: ir.Value) -> Angles:
     """What a cos or sin (batch, sequence, head size) is computed from, if from positions alone."""
     scaled, factor = _unscaled(through(value, "Cast"))
     node = scaled.producer()
@@ -164,7 +164,7 @@ def _angles(value: ir.Value) -> _Angles:
     frequencies = array(through(product.inputs[0], "Cast", "Expand"))
     if twice.inputs[0] is not twice.inputs[1] or frequencies is None:
         raise OtherGraph
-    return _Angles(node.op_type, tuple(frequencies.ravel().tolist()), factor)
+    return Angles(node.op_type, tuple(frequencies.ravel().tolist()), factor)
 
 
 def _unscaled(value: ir.Value | None) -> tuple[ir.Value, float]:
@@ -194,7 +194,7 @@ def _lengths(graph: ir.Graph, mask: ir.Value) -> list[ir.Value]:
     ]
 
 
-def _table(graph: ir.Graph, angles: _Angles, positions: int) -> ir.Value:
+def angle_table(graph: ir.Graph, angles: Angles, positions: int) -> ir.Value:
     """float32 (positions, head size / 2). Not in the file: onnxruntime computes it once, as it makes a session."""
     start, name = next(iter(graph)), f"rotation_{len(graph.initializers)}"
     limits = [constant(graph, f"position_{n}", np.array(n, np.float32)) for n in (0, positions, 1)]

@@ -1,4 +1,4 @@
-"""The merged model as a float ONNX bundle, through optimum."""
+"""The merged model as a float ONNX bundle, through the recipe's exporter."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
     targets = _targets(recipe)
     return {
+        "exporter": recipe.export.exporter,
         "evaluation": recipe.evaluation.model_dump(),
         "opset": lowest_opset(targets),
         "providers": {target.name: target.provider for target in targets if target.provider != "cpu"},
@@ -73,12 +74,13 @@ def float_files(recipe: Recipe) -> dict[str, str]:
 
 def run(job: Job) -> Facts:
     """Export, describe, measure."""
-    from qft.graph.export_optimum import export_float
+    from qft.graph.exporters import find_exporter
     from qft.graph.providers import lacking
 
+    export = find_exporter(job.recipe.export.exporter, job.recipe.task)
     with folder_aside(job.run.bundle(TARGET)) as aside:
         (aside / "onnx").mkdir()
-        export_float(
+        export(
             job.run.merged,
             aside / "onnx",
             graphs=job.task.graphs,

@@ -17,6 +17,7 @@ from qft.data.sound_changes import SoundChanges
 from qft.data.tokenizer import TextTokenizer
 from qft.errors import InputError, StageError
 from qft.files import write_text
+from qft.graph.exporters import check_exporter
 from qft.measure.agreement import Comparison, Record
 from qft.measure.quality import Measuring, Quality, RowAnswer
 from qft.progress import OnProgress
@@ -66,6 +67,7 @@ def check_keys(recipe: Recipe) -> None:
         )
     sound_changes(recipe)
     check_trackers(recipe.training.trackers)
+    check_exporter(recipe.export.exporter, recipe.task)
     if recipe.data.new_tokens and recipe.tuning.method == "head":
         raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
     if is_new(recipe.model):

@@ -34,7 +34,7 @@ from qft.stages import bench, quantize
 from qft.stages.carried import carried
 from qft.stages.report import summarize
 from qft.targets import find_target
-from tests.e2e.conftest import Type, as_json
+from tests.e2e.conftest import Type, as_json, type_in
 from tests.test_assignment import as_on_a_card
 
 RUN = "runs/recipe"
@@ -109,13 +109,29 @@ def test_the_float_bundle_is_the_plain_export(finished: Path) -> None:
     assert not [node for node in model.graph.node if node.domain == "com.microsoft"]
 
 
-def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(finished: Path) -> None:
+@pytest.fixture(scope="module")
+def by_genai(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same job, exported again by the other exporter."""
+    pytest.importorskip("onnxruntime_genai")
+    folder = tmp_path_factory.mktemp("by-genai") / "job"
+    shutil.copytree(finished, folder)
+    done = type_in(folder, "qft verify recipe.yaml export.exporter=genai")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done before") == 4  # prepare, tune, merge, fold
+    return folder
+
+
+EXPORTED = pytest.mark.parametrize("exported", ["finished", "by_genai"])
+
+
+@EXPORTED
+def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(exported: str, request: pytest.FixtureRequest) -> None:
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM
 
     from qft.training.runner import TorchRunner
 
-    bundle = Bundle.load(finished / INT4)
+    bundle = Bundle.load(request.getfixturevalue(exported) / INT4)
     model = ORTModelForCausalLM.from_pretrained(
         bundle.folder, subfolder="onnx", file_name="model_q4.onnx", use_io_binding=False
     )
@@ -141,9 +157,12 @@ def test_it_opens_in_optimum_and_agrees_with_the_golden_cases(finished: Path) ->
     assert model.generation_config.eos_token_id in (2, [2])
 
 
-def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished: Path) -> None:
+@EXPORTED
+def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(
+    exported: str, request: pytest.FixtureRequest
+) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    bundle = Bundle.load(finished / INT4)
+    bundle = Bundle.load(request.getfixturevalue(exported) / INT4)
     model = genai.Model(str(bundle.folder))
 
     class Runner:
@@ -176,6 +195,23 @@ def test_it_opens_in_onnxruntime_genai_and_agrees_with_the_golden_cases(finished
         Runner(), from_manifest(bundle.manifest), folder=bundle.folder, stop_ids=bundle.tokenizer.stop_ids
     )
     assert agreement.agrees, agreement
+
+
+def test_another_exporter_changes_the_graph_and_not_what_it_says(finished: Path, by_genai: Path) -> None:
+    found, other = (json.loads((folder / INT4 / "qft.json").read_text()) for folder in (by_genai, finished))
+    for key in ("inputs", "outputs", "golden", "quantization"):
+        assert len(found[key]) == len(other[key]), key
+    assert {t["name"]: t["bits"] for t in found["quantization"]} == {
+        t["name"]: t["bits"] for t in other["quantization"]
+    }
+    assert found["quality"]["value"] == pytest.approx(other["quality"]["value"])
+    assert found["quality"]["loss"] == pytest.approx(
+        other["quality"]["loss"], abs=1e-3
+    )  # int8 activations, rounded anew
+    for name in ("config.json", "generation_config.json", "genai_config.json", "tokenizer_config.json"):
+        assert json.loads((by_genai / INT4 / name).read_text()) == json.loads((finished / INT4 / name).read_text()), (
+            name
+        )
 
 
 def test_a_python_program_shows_how_far_a_run_is_unless_it_is_told(
