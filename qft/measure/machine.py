@@ -27,6 +27,7 @@ _PACKAGES = (
     "optimum-onnx",
     "onnx",
     "onnxruntime",
+    "onnxruntime-genai",
     "tokenizers",
 )
 _SIDE, _PRODUCT_SECONDS = 768, 0.2
