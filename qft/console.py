@@ -176,6 +176,9 @@ def print_summary(summary: Summary) -> None:
         if size.on_cpu:
             left = ", ".join(f"{count} {operator}" for operator, count in size.on_cpu.items())
             out.print(f"{name}: left to the processor were {left}", soft_wrap=True)
+        if size.threads_tried:
+            rates = ", ".join(f"{threads}: {rate:,.1f}" for threads, rate in size.threads_tried.items())
+            out.print(f"{name}: threads tried, with speed: {rates}; the fastest was taken", soft_wrap=True)
     if summary.survived_percent is not None:
         out.print(f"{percent(summary.survived_percent)} of what tuning took off the loss has survived in what ships")
     peak = max(summary.stage_memory_bytes.values(), default=0)

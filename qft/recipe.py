@@ -250,8 +250,10 @@ class BenchKeys(Section):
     prompt_tokens: Count = Field(256, description="tokens of the prompt")
     new_tokens: Count = Field(64, description="tokens generated after it")
     trials: Annotated[int, Field(ge=2)] = Field(5, description="counted trials after one warm-up")
-    threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="threads of onnxruntime; 0: the number of physical cores"
+    threads: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="threads of onnxruntime; 0: the number of physical cores; auto: 1, 2, 4 … physical and logical cores are tried on "
+        "every bundle, and it is measured on the fastest",
     )
     provider: Literal["cpu", "cuda", "directml", "coreml", "openvino"] = Field(
         "cpu", description="onnxruntime execution provider"

@@ -197,6 +197,7 @@ def test_stages_stand_on_stages_before_them() -> None:
 
 
 VALUES = {
+    "bench.threads": "auto",
     "name": "other", "task": "other", "model": "other", "data.train": "other.jsonl", "data.eval": 77, "data.validation": 78,
     "data.weights": [2.0], "data.new_tokens": ["<a>"], "data.columns": ["a"],
     "data.text_separator": "", "data.text_column": "a", "data.label_column": "a", "data.bins": {"a": "> 1"}, "data.prompt": "{a}",

@@ -37,9 +37,14 @@ def reads_tokens(session: ort.InferenceSession) -> int | None:
     return None if found is None else int(found)
 
 
+def usable_cores() -> int:
+    """Logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def physical_cores() -> int:
     """Cores to run on by default."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = usable_cores()
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 

@@ -103,7 +103,7 @@ class Training:
 class TargetSize:
     """One bundle: bytes of all its files; bits a quantized weight, scales counted; of a float16 one, modules whose outputs come near
     what float16 holds, with the largest. without_kernel: operator → nodes that its provider has no kernel for; on_cpu: operator →
-    nodes that the provider it was timed on left to the processor.
+    nodes that the provider it was timed on left to the processor. threads_tried: threads → speed, where bench.threads is auto.
     """
 
     bundle_bytes: int
@@ -111,6 +111,7 @@ class TargetSize:
     large_activations: Mapping[str, float] = field(default_factory=dict)
     without_kernel: Mapping[str, int] = field(default_factory=dict)
     on_cpu: Mapping[str, int] = field(default_factory=dict)
+    threads_tried: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qft.bundle.manifest import Bundle, update
 from qft.bundle.session import PROVIDERS, open_session
 from qft.measure.machine import Machine, machine
 from qft.measure.speed import AnySpeed, measure_in_fresh_process
+from qft.measure.threads import fastest, try_threads
 from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.stages.job import Job
@@ -24,11 +25,13 @@ class Facts:
     """Target name → speed; `float` is the unquantized export, for comparison.
 
     on_cpu: target name → operator → nodes that the provider left to the processor, where it is not the processor's own.
+    threads_tried: target name → threads → speed (`try_threads`), if bench.threads is auto.
     """
 
     machine: Machine
     targets: dict[str, AnySpeed]
     on_cpu: dict[str, dict[str, int]]
+    threads_tried: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
@@ -43,22 +46,24 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Measure the float export and every target."""
-    keys, speeds, on_cpu = job.recipe.bench, {}, {}
+    keys, speeds, on_cpu, tried = job.recipe.bench, {}, {}, {}
     work = job.task.speed_settings(job.rows("eval"), prompt_tokens=keys.prompt_tokens, new_tokens=keys.new_tokens)
     names = [*job.recipe.export.targets, "float"]
     for number, name in enumerate(names):
         job.on_progress(Progress(f"bench {name}", number, len(names), "bundles"))
+        if keys.threads == "auto":
+            tried[name] = try_threads(job.run.bundle(name), work, provider=keys.provider)
         speeds[name] = measure_in_fresh_process(
             job.run.bundle(name),
             work,
             trials=keys.trials,
-            threads=keys.threads,
+            threads=fastest(tried[name]) if keys.threads == "auto" else keys.threads,
             provider=keys.provider,
         )
         update(job.run.bundle(name), speed=asdict(speeds[name]))
         if name != "float" and keys.provider != "cpu":
             on_cpu[name] = left_to_the_processor(Bundle.load(job.run.bundle(name)), keys.provider)
-    return Facts(machine(), speeds, on_cpu)
+    return Facts(machine(), speeds, on_cpu, tried)
 
 
 def left_to_the_processor(bundle: Bundle, provider: str) -> dict[str, int]:

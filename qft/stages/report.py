@@ -83,8 +83,16 @@ def summarize(job: Job, rows: Sequence[Asked] = ()) -> Summary:
     target = job.recipe.export.targets[0]
     sizes = {"float": TargetSize(exported.bundle_bytes, None)} if exported else {}
     left = benched.on_cpu if benched else {}
+    tried = benched.threads_tried if benched else {}
     sizes |= {
-        name: TargetSize(t.bundle_bytes, t.bits_per_weight, t.large_activations, t.without_kernel, left.get(name, {}))
+        name: TargetSize(
+            t.bundle_bytes,
+            t.bits_per_weight,
+            t.large_activations,
+            t.without_kernel,
+            left.get(name, {}),
+            tried.get(name, {}),
+        )
         for name, t in (shipped.targets if shipped else {}).items()
     }
     verify_record = stages.get("verify")

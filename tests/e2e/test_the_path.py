@@ -27,6 +27,7 @@ from qft.console import print_summary
 from qft.errors import StageError
 from qft.files import sha256_file
 from qft.measure.speed import measure_in_fresh_process
+from qft.measure.threads import candidates
 from qft.progress import silent
 from qft.quant import ranges
 from qft.runfolder import RunFolder
@@ -410,6 +411,18 @@ def test_bench_again_with_other_threads_changes_only_the_bench(finished: Path, t
     assert found["targets"]["cpu-int4"]["speed"]["threads"] == 1
     after = json.loads((finished / RUN / "run.json").read_text())["stages"]
     assert after["tune"] == before["tune"]
+
+
+def test_threads_are_tried_shown_and_the_fastest_taken(finished: Path, typed: Type) -> None:
+    before = json.loads((finished / RUN / "run.json").read_text())["stages"]["bench"]
+    assert before["facts"]["threads_tried"] == {}
+    shown = typed(finished, "qft bench bench.threads=auto")
+    facts = json.loads((finished / RUN / "run.json").read_text())["stages"]["bench"]["facts"]
+    for name, tried in facts["threads_tried"].items():
+        assert [int(threads) for threads in tried] == candidates()
+        assert tried[str(facts["targets"][name]["threads"])] == max(tried.values()) > 0
+    assert set(facts["threads_tried"]) == {"cpu-int4", "float"}
+    assert "cpu-int4: threads tried" in shown.stdout
 
 
 def test_a_float16_target_names_large_activations_and_carries_its_providers_options(
