@@ -1,10 +1,11 @@
-"""Speed of the shipped encoder beside optimum's graphs of the same model: the same texts, trials alternating, one process a trial.
+"""Speed of the shipped encoder beside optimum's graphs and sentence-transformers: the same texts, trials alternating, a process each.
 
     python -m benchmarks.encoders --quick --json FILE      # 2 rounds
-    python -m benchmarks.encoders --json FILE              # 5 rounds: 7 minutes on 2 cores
+    python -m benchmarks.encoders --json FILE              # 5 rounds: 8 minutes on 2 cores; --peers PYTHON: sentence-transformers, too
 
 MiniLM as its package has it, rounded to the nearest point of a grid. Texts: banking77's, one at a time and 32 of different lengths
-together; contexts of xquad, 32 together. How alike vectors are is the cosine of each with what optimum's plain export says of the text.
+together; contexts of xquad, 32 together. sentence-transformers runs the O3 graph by its ONNX backend. How alike vectors are is the
+cosine of each with what optimum's plain export says of the text.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import trial
-from benchmarks.peers.encoders import OURS, PEERS, WAYS, Work
+from benchmarks.peers import packages, trial
+from benchmarks.peers.encoders import OURS, PEERS, SENTENCE_TRANSFORMERS, WAYS, Work
 from benchmarks.rounding_rows import lines_of
 from qft.base_model import local_checkpoint
 from qft.bundle.session import physical_cores
@@ -56,6 +57,8 @@ def prepare(folder: Path) -> None:
             plain, folder / name / "model.onnx", GraphPlan(grids, target.accuracy_level, fuse=target.fusions), {}
         )
     _optimize(base, plain, folder / "o3")
+    theirs = Path(shutil.copytree(base, folder / WAYS[SENTENCE_TRANSFORMERS]))
+    shutil.copytree(folder / "o3", theirs / "onnx")
     tokenizer = TextTokenizer.load(base)
 
     def tokens(texts: Sequence[str]) -> list[list[int]]:
@@ -106,12 +109,12 @@ def alike(vectors: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) 
 
 
 def result(table: list[dict[str, Any]]) -> dict[str, float]:
-    """By kind of batches, how many times as fast each of our targets is as the fastest of optimum's graphs."""
+    """By kind of batches, how many times as fast each of our targets is as the fastest peer."""
     found = {}
     for batches in dict.fromkeys(row["batches"] for row in table):
         rows = {row["way"]: row for row in table if row["batches"] == batches}
         for name in ("milliseconds", "processor_milliseconds"):
-            best = min(rows[peer][name] for peer in PEERS)
+            best = min(rows[peer][name] for peer in PEERS if peer in rows)
             kind = "_processor" if name.startswith("processor") else ""
             found |= {f"{way.split('-')[-1]}{kind}, {batches}": best / rows[way][name] for way in OURS}
     return found
@@ -134,19 +137,24 @@ def main() -> None:
     """Run, print the table, write the JSON; the last line is RESULT."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rounds instead of five")
+    parser.add_argument("--peers", default=sys.executable, help="the interpreter that may have sentence-transformers")
     parser.add_argument("--json", type=Path, required=True, help="where every trial goes")
     words = parser.parse_args()
+    theirs = packages(words.peers, "sentence_transformers")
+    ways = [way for way in WAYS if theirs or way != SENTENCE_TRANSFORMERS]
     with TemporaryDirectory(prefix="qft-encoders-") as folder:
         prepare(Path(folder))
         work = Work(folder, physical_cores(), repeats=2, batches=_BATCHES)
         trials = [
-            trial("encoders", way, asdict(work), sys.executable) for _ in range(2 if words.quick else 5) for way in WAYS
+            trial("encoders", way, asdict(work), words.peers if way == SENTENCE_TRANSFORMERS else sys.executable)
+            for _ in range(2 if words.quick else 5)
+            for way in ways
         ]
-    by_way = {way: [t for t in trials if t["way"] == way] for way in WAYS}
+    by_way = {way: [t for t in trials if t["way"] == way] for way in ways}
     plain = by_way["optimum's export"][0]["vectors"]
     for each in trials:
         each |= alike(each.pop("vectors"), plain)
-    table = [line(way, batches, by_way[way]) for batches in _BATCHES for way in WAYS]
+    table = [line(way, batches, by_way[way]) for batches in _BATCHES for way in ways]
     found = {"quick": words.quick, "work": asdict(work), "machine": asdict(machine()), "versions": versions()}
     write_json(words.json, found | {"trials": trials, "result": result(table) | {"table": table}})
     print(as_markdown(table))

@@ -12,3 +12,11 @@ def trial(benchmark: str, way: str, work: dict[str, Any], python: str) -> dict[s
     words = [python, "-m", f"benchmarks.peers.{benchmark}", way, json.dumps(work)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return {"way": way, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def packages(python: str, *names: str) -> set[str]:
+    """Those of the modules that an interpreter has."""
+    ask = "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if u.find_spec(n)))"
+    return set(
+        subprocess.run([python, "-c", ask, *names], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    )
