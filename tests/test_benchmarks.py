@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import encoders, runtime, speech
+from benchmarks import encoders, export_time, runtime, speech
 from benchmarks.augmentation import gained
 from benchmarks.cells import fold_words
 from benchmarks.gpu import peers
@@ -201,6 +201,22 @@ def test_runtime_is_compared_with_peers_and_not_with_other_runtimes_on_our_bundl
     assert found["decode_16_vs_best_peer"] == 2
     assert found["decode_16_vs_raw_session"] == 4
     assert found["share_of_bandwidth_16"] == 0.2
+
+
+def test_an_export_is_held_against_the_fastest_and_against_the_leanest_peer() -> None:
+    spent = {export_time.OURS: (8.0, 600), "optimum-cli: float32": (16.0, 1200), "genai's builder: int4": (10.0, 2400)}
+    trials = [
+        {"way": way, "seconds": seconds * factor, "peak_memory_bytes": peak, "written_bytes": 1}
+        for way, (seconds, peak) in spent.items()
+        for factor in (1, 1, 3)
+    ]
+    found = export_time.result([export_time.line(way, trials, weights=400) for way in spent])
+    assert found == {
+        "export_seconds": 8,
+        "export_times_weights": 1.5,
+        "export_seconds_vs_best_peer": 0.8,
+        "export_peak_memory_bytes_vs_best_peer": 0.5,
+    }
 
 
 def test_an_encoder_is_compared_with_the_faster_of_optimums_graphs() -> None:
