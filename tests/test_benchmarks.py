@@ -186,21 +186,86 @@ def test_what_changed_rows_gain_is_a_mean_over_seeds() -> None:
     assert gained(plain, plain) == {"value": 0, "low": 0, "high": 0}
 
 
-def test_runtime_is_compared_with_peers_and_not_with_other_runtimes_on_our_bundle() -> None:
-    def trial(way: str, seconds: float) -> dict[str, Any]:
-        spent = {
-            name: [seconds, 9.0, seconds] for name in ("prefill", "prefill_processor", "decode", "decode_processor")
-        }
-        runs = [{"prompt_tokens": 16, "seconds": spent}]
-        return {"way": way, "runs": runs, "load_seconds": 1.0, "peak_memory_bytes": 1, "perplexity": 8.0}
+def runtime_trial(way: str, seconds: float, *, rows: int = 1, joules: float | None = None) -> dict[str, Any]:
+    spent = {name: [seconds, 9.0, seconds] for name in ("prefill", "prefill_processor", "decode", "decode_processor")}
+    run = {"prompt_tokens": 256, "rows": rows, "repeats": 2, "seconds": spent, "peak_memory_bytes": 1, "joules": joules}
+    return {"way": way, "runs": [run], "load_seconds": 1.0, "perplexity": 8.0}
 
-    speeds = {"qft": 0.5, "ORTModel, qft's bundle": 0.25, "raw session, genai's graph": 2.0, "ORTModel, not fused": 1.0}
-    table = [runtime.line(way, 16, [trial(way, seconds)]) for way, seconds in speeds.items()]
-    assert table[0]["prefill"] == 32
-    found = runtime.result(table, weight_bytes=100, bandwidth=1000.0)
-    assert found["decode_16_vs_best_peer"] == 2
-    assert found["decode_16_vs_raw_session"] == 4
-    assert found["share_of_bandwidth_16"] == 0.2
+
+WAYS_SECONDS = {"qft": 0.5, "ORTModel, qft's bundle": 0.25, "raw session, genai's graph": 2.0, "torch": 1.0}
+
+
+def test_runtime_is_compared_with_peers_and_not_with_other_runtimes_on_our_bundle() -> None:
+    trials = [runtime_trial(way, seconds, rows=rows) for way, seconds in WAYS_SECONDS.items() for rows in (1, 8)]
+    table = runtime.table_of([*trials, {"way": "llama.cpp, Q4_1", "failed": "-4"}])
+    assert [(row["way"], row["rows"]) for row in table[:4]] == [(way, 1) for way in WAYS_SECONDS]
+    assert (table[0]["prefill"], table[0]["decode"], table[0]["first_token_seconds"]) == (512, 2, 0.5)
+    assert (table[4]["prefill"], table[4]["decode"], table[4]["first_token_seconds"]) == (4096, 16, 0.5)
+    cells = runtime.ratios(table, weight_bytes=100, bandwidth=1000.0)
+    assert set(cells) == {"256 tokens x 1", "256 tokens x 8"}
+    for cell in cells.values():
+        assert cell["decode_vs_best_peer"] == 2
+        assert cell["decode_vs_raw_session"] == 4
+        assert cell["share_of_bandwidth"] == 0.2  # rows that go together read the weights once
+
+
+def test_runtimes_result_has_the_five_names_of_the_issue() -> None:
+    cells = {
+        "256 tokens x 1": {"decode_vs_best_peer": 1.5, "prefill_vs_best_peer": 1.2, "share_of_bandwidth": 0.5},
+        "2048 tokens x 1": {"decode_vs_best_peer": 9.0, "prefill_vs_best_peer": 9.0, "share_of_bandwidth": 9.0},
+    }
+    encoders_said = {"int8, 1 text": 1.0, "int8, 32": 1.0, "float32, 1 text": 0.5, "float32, 32": 8.0, "table": [{}]}
+    encoders_said |= {"int8_processor, 1 text": 99.0}
+    speech_said = {"qft, cpu-int8, 10 s, times_real": 2.0, "qft, cpu-int8, 30 s, times_real": 0.98}
+    found = runtime.result(cells, {"encoders": {"result": encoders_said}, "speech": {"result": speech_said}})
+    assert found == {
+        "decode_vs_best_peer": 1.5,
+        "prefill_vs_best_peer": 1.2,
+        "share_of_bandwidth": 0.5,
+        "encoder_vs_peer": pytest.approx(2.0),
+        "whisper_vs_peer": 0.98,
+    }
+
+
+def test_results_that_runtime_takes_from_other_benchmarks_are_as_they_write_them() -> None:
+    results = Path(runtime.__file__).parent / "results"
+    read = {name: json.loads((results / f"{name}.json").read_text("utf-8")) for name in ("encoders", "speech")}
+    assert runtime.encoder_ratio(read["encoders"]) > 0
+    assert runtime.whisper_ratio(read["speech"]) > 0
+
+
+def test_energy_is_of_one_repeat_and_missing_where_nothing_counts_it() -> None:
+    counted, unread = runtime_trial("qft", 1.0, joules=30.0), runtime_trial("torch", 1.0)
+    table = runtime.table_of([counted, counted, unread])
+    assert [row["joules"] for row in table] == [15.0, None]
+    first, second = runtime.as_markdown(table).splitlines()[2:]
+    assert "15 J" in first
+    assert " J " not in second
+
+
+def test_long_prompts_are_read_in_fewer_rounds_and_a_quick_run_ends_in_time() -> None:
+    def read(number: int, *, quick: bool) -> set[int]:
+        return {cell.prompt_tokens * cell.rows for cell in runtime.cells_of(number, quick=quick)}
+
+    assert read(0, quick=False) == {16, 256, 2048, 128, 16384}
+    assert read(2, quick=False) == read(0, quick=True) == {16, 256, 2048, 128}
+    assert read(1, quick=False) == read(1, quick=True) == {16, 256, 128}
+    assert runtime.goes_on(0, 0, 0, quick=True)
+    assert runtime.goes_on(1, 400, 400, quick=True)
+    assert not runtime.goes_on(1, 800, 800, quick=True)
+    assert runtime.goes_on(1, 8000, 8000, quick=False)
+    assert not runtime.goes_on(7, 8000, 8000, quick=False)
+
+
+def test_an_operators_time_is_its_sum_over_a_run_and_the_median_over_runs() -> None:
+    events: list[dict[str, Any]] = []
+    for number, microseconds in enumerate((100, 300, 200)):
+        begun = 1000 * number
+        events.append({"name": "model_run", "cat": "Session", "ts": begun, "dur": 900})
+        for at in (1, 500):
+            kernel = {"name": "a_kernel_time", "cat": "Node", "ts": begun + at, "dur": microseconds}
+            events.append({**kernel, "args": {"op_name": "MatMulNBits"}})
+    assert runtime.by_operator(events) == {"MatMulNBits": 0.4, "whole run": 0.9}
 
 
 def test_an_export_is_held_against_the_fastest_and_against_the_leanest_peer() -> None:
