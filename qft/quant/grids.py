@@ -122,8 +122,8 @@ def find_scales(blocks: Tensor, scheme: Scheme, importance: Tensor | None = None
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for below, above in product(_FACTORS, _FACTORS) if scheme.bits < 8 else [(1.0, 1.0)]:  # at 8 bits it never paid
         scales, zeros = scale_and_zero(low * below, high * above, scheme)
-        codes = round_to(blocks, scales, zeros, scheme)
-        error = ((codes.float() - zeros[..., None].float()) * scales[..., None].float() - blocks).square_()
+        codes = _nearest(blocks, scales, zeros, scheme)
+        error = codes.sub_(zeros[..., None]).mul_(scales[..., None].float()).sub_(blocks).square_()
         total = (error if importance is None else error * importance).sum(-1)
         if best is None:
             best = (scales, zeros, total)
@@ -136,8 +136,12 @@ def find_scales(blocks: Tensor, scheme: Scheme, importance: Tensor | None = None
 
 def round_to(blocks: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
     """uint8 (…, block): the nearest code of each value, float (…, block), on the grid of its block."""
-    steps = torch.round(blocks / scales[..., None].float())
-    return steps.add_(zeros[..., None]).clamp_(0, scheme.top).to(torch.uint8)
+    return _nearest(blocks, scales, zeros, scheme).to(torch.uint8)
+
+
+def _nearest(blocks: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
+    """As floats."""
+    return (blocks / scales[..., None].float()).round_().add_(zeros[..., None]).clamp_(0, scheme.top)
 
 
 def scale_and_zero(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
