@@ -141,6 +141,16 @@ def test_logits_of_rows_that_share_a_beginning_are_the_same(runners: tuple[OnnxR
     np.testing.assert_allclose(found, expected, atol=CLOSE * abs(expected).max())
 
 
+def test_a_row_that_a_longer_one_begins_with_keeps_all_the_logits_that_are_wanted(
+    runners: tuple[OnnxRunner, OnnxRunner],
+) -> None:
+    (longer,) = texts(60)
+    shorter, keep = longer[:20], 12
+    for runner in runners:
+        expected, found = runner.logits([shorter], keep)[0], runner.logits([shorter, longer], keep)[0]
+        np.testing.assert_allclose(found, expected, atol=CLOSE * abs(expected).max())
+
+
 def test_several_tokens_after_what_several_rows_have_read(runners: tuple[OnnxRunner, OnnxRunner]) -> None:
     more = texts(5, 5)
     logits = []

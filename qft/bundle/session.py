@@ -156,9 +156,8 @@ class OnnxRunner:
         cache = self.prefill([rows[0][:same]])[1] if same else self._nothing_read(len(rows))
         if same and self._fused:
             read = [self.extend([row], cache, keep=keep) for row in rest]
-            last = [found[0, -keep:] for found, _ in read]
-            logits = [np.pad(found, ((keep - len(found), 0), (0, 0))) for found in last]
-            return np.stack(logits), Cache.joined([grown for _, grown in read])
+            logits = [found[:, -keep:] for found, _ in read]
+            return np.concatenate(logits), Cache.joined([grown for _, grown in read])
         if same:
             cache = cache.repeated(len(rows))
         ids = np.array([[self.pad_id] * (width - len(row)) + row for row in rest], dtype=np.int64)

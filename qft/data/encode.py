@@ -231,14 +231,14 @@ def encode(example: Example, tokenizer: TextTokenizer, *, last_only: bool = Fals
 def shared_prefix(rows: Sequence[Sequence[int]], *, keep: int = 1) -> int:
     """How many first tokens all rows share and a runner may therefore compute once: a template and an instruction.
 
-    keep: the last positions of the longest row whose logits are wanted; they are never in the prefix. 0 if it does not pay.
+    keep: the last positions of every row whose logits may be wanted; they are never in the prefix. 0 if it does not pay.
     """
     if len(rows) < 2:
         return 0
     first, last, shortest = min(map(tuple, rows)), max(map(tuple, rows)), min(map(len, rows))
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), shortest)
-    same = min(same, shortest - 1)
-    return same if same >= _LEAST_SHARED and keep <= max(map(len, rows)) - same else 0
+    same = min(same, shortest - keep)
+    return same if same >= _LEAST_SHARED else 0
 
 
 def _plain_text(example: Example, tokenizer: TextTokenizer) -> Encoded:

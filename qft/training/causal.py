@@ -157,8 +157,8 @@ def _kernels(model: Any) -> Decoder | None:
 def _before_targets(fast: Decoder, model: Any, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """What the head reads where the next token is in the loss, (targets, width), and these tokens, int64, row by row."""
     ids = [row.input_ids for row in rows]
-    longest = max(map(len, ids))
-    prefix = shared_prefix(ids, keep=longest - min(row.first_target for row in rows) + 1) if may_share(model) else 0
+    wanted = min(row.first_target for row in rows) - 1  # the first position that foretells something
+    prefix = min(shared_prefix(ids), wanted) if may_share(model) else 0
     hidden, places, start = fast.hidden(ids, prefix=prefix, keep=_keep(model)), [], prefix
     for row in rows:
         places += [start + place - 1 - prefix for place in range(prefix, len(row.input_ids)) if row.in_loss[place]]
