@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qft.bundle.constrained import Labels, Schema
-from qft.bundle.generate import Feed
+from qft.bundle.feed import Feed
 from qft.bundle.sampling import Sampler
 from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import Message, TextTokenizer

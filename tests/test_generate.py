@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qft.bundle.generate import Feed, Writing, tokens
+from qft.bundle.feed import Batch, Feed
+from qft.bundle.generate import Writing, side_by_side, tokens
 from qft.bundle.sampling import GREEDY, Sampler, Sampling, likely
 from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import TextTokenizer
@@ -106,7 +107,7 @@ TEXTS = ["a fine film", "好 é 🙂 ok", "\n\n  two  spaces ", "ﷺ" * 3, "x" *
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_make_the_whole_text_without_broken_characters(text: str, tokenizer: TextTokenizer) -> None:
-    writing = Writing(iter(tokenizer.encode(text)), tokenizer)
+    writing = Writing((token for token in tokenizer.encode(text)), tokenizer)
     pieces = list(writing)
     assert "".join(pieces) == writing.text == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -117,7 +118,7 @@ def test_pieces_of_any_tokens_are_what_decoding_them_at_once_gives(tokenizer: Te
     chance = np.random.default_rng(0)
     for _ in range(200):
         ids = chance.integers(3, tokenizer.vocab_size, 12).tolist()
-        assert "".join(Writing(iter(ids), tokenizer)) == tokenizer.decode(ids)
+        assert "".join(Writing((token for token in ids), tokenizer)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_given_out(
 
 
 def test_the_token_that_ends_is_counted_and_says_nothing(tokenizer: TextTokenizer) -> None:
-    writing = Writing(iter([*tokenizer.encode("ok"), tokenizer.eos_id, 5]), tokenizer)
+    writing = Writing((token for token in [*tokenizer.encode("ok"), tokenizer.eos_id, 5]), tokenizer)
     assert "".join(writing) == "ok"
     assert (writing.ended, writing.count) == (True, len(tokenizer.encode("ok")) + 1)
 
@@ -164,7 +165,7 @@ def test_reading_in_parts_and_going_on_gives_the_greedy_answer(
 ) -> None:
     prompt = tokenizer.encode("a fine film last night with friends and a joy to watch")
     (expected,) = runner.generate([prompt], max_new_tokens=12, stop_ids=tokenizer.stop_ids)
-    monkeypatch.setattr("qft.bundle.generate.READ_AT_ONCE", 5)
+    monkeypatch.setattr("qft.bundle.feed.READ_AT_ONCE", 5)
     feed = Feed(runner)
     found = list(tokens(feed, prompt, Sampler(GREEDY), max_new_tokens=12, stop_ids=tokenizer.stop_ids))
     assert found == expected
@@ -203,3 +204,57 @@ def test_what_two_texts_begin_with_is_read_once(
     assert feed.known(first) == len(first) - 1  # the last one gives the logits
     for ids in (other, first, other[:4], other):
         np.testing.assert_allclose(feed.after(ids), Feed(runner).after(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_feeds_that_are_read_together_say_what_each_says_alone(
+    path: Path, runner: OnnxRunner, tokenizer: TextTokenizer, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of several lengths come, go on together, read several tokens at once in between, are given up, and begin anew."""
+    if fused:
+        runner = OnnxRunner(fused_copy(path), pad_id=2)
+    together, step = [], runner.step
+    monkeypatch.setattr(runner, "step", lambda ids, cache: together.append(len(ids)) or step(ids, cache))
+    batch = Batch(runner)
+    feeds, alone = [Feed(runner, batch) for _ in range(3)], [Feed(runner) for _ in range(3)]
+    texts = [tokenizer.encode(text) for text in ("a fine film", "dull", "a joy to watch with friends at home")]
+
+    def hold(number: int) -> None:
+        expected = alone[number].after(texts[number])
+        np.testing.assert_allclose(feeds[number].after(texts[number]), expected, rtol=1e-4, atol=1e-4)
+
+    for number in range(3):
+        hold(number)
+    for turn in range(12):
+        going_on = (0, 1, 2) if turn != 5 else (0, 2)
+        for number in going_on:
+            texts[number].append(5 + (turn * 7 + number) % 40)
+            feeds[number].expect(texts[number])
+        if turn == 3:  # one reads more than was expected
+            texts[1] += tokenizer.encode("and slow")
+        if turn == 8:  # one is given up, and its feed begins another text
+            feeds[2].expect_nothing()
+            texts[2] = tokenizer.encode("a fine day")
+        for number in going_on:
+            hold(number)
+    assert together == [3, 3, 3, 3, 3, 2, 3, 3, 2, 3, 3, 3]
+
+
+def test_answers_written_side_by_side_are_those_written_alone_and_in_order(
+    path: Path, tokenizer: TextTokenizer
+) -> None:
+    runner = OnnxRunner(fused_copy(path), pad_id=2)
+    prompts = [
+        tokenizer.encode(text) for text in ("a fine film", "dull", "a joy", "slow", "at home", "it was a joy", "no")
+    ]
+
+    def begin(feed: Feed, number: int) -> Writing:
+        ids = tokens(feed, prompts[number], Sampler(), max_new_tokens=3 + 4 * number % 9, stop_ids=tokenizer.stop_ids)
+        return Writing(ids, tokenizer)
+
+    batch = Batch(runner)
+    found = list(side_by_side([Feed(runner, batch) for _ in range(3)], len(prompts), begin))
+    for number, answer in enumerate(found):
+        writing = begin(Feed(runner), number)
+        assert answer.text == "".join(writing)
+        assert (answer.ended, answer.tokens) == (writing.ended, writing.count)

@@ -62,11 +62,20 @@ class Cache:
         past = self.past.changed(lambda value: value[:, :, :length], length)
         return Cache(past, self.mask[:, :length], self.positions - (self.length - length))
 
-    def row(self, row: int) -> Cache:
-        """One row's own."""
-        length, part = self.length, slice(row, row + 1)
-        past = self.past.changed(lambda value: value[part, :, :length], length)
-        return Cache(past, self.mask[part], self.positions[part])
+    def rows(self, *, at_front: bool) -> list[Cache]:
+        """Each row's own, without what it was filled up with. at_front: whether its tokens are at the first places, as fused
+        attention keeps them, wherever the mask shows them.
+        """
+        arrays = {name: value.numpy() for name, value in self.past.values.items()}
+        found = []
+        for row, mask in enumerate(self.mask):
+            own = np.flatnonzero(mask)
+            kept = slice(len(own)) if at_front else own
+            part = {name: np.ascontiguousarray(array[row : row + 1, :, kept]) for name, array in arrays.items()}
+            values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in part.items()}
+            places = np.ones((1, len(own)), np.int64)
+            found.append(Cache(Past(values, len(own)), places, self.positions[row : row + 1]))
+        return found
 
     @staticmethod
     def joined(rows: Sequence[Cache]) -> Cache:

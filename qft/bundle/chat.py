@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qft.bundle.generate import Feed
+from qft.bundle.feed import Feed
 from qft.bundle.manifest import Bundle
 from qft.bundle.sampling import GREEDY, Sampler, Sampling
 from qft.bundle.session import OnnxRunner

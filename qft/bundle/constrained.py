@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from qft.bundle.generate import Feed
+from qft.bundle.feed import Feed
 from qft.bundle.sampling import Sampler
 from qft.bundle.session import OnnxRunner
 from qft.data.encode import encode
@@ -116,24 +116,29 @@ class Schema:
 
         return llguidance.LLMatcher(self._table, self._grammar, log_level=0)
 
-    def tokens(self, feed: Feed, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int) -> Iterator[int]:
+    def tokens(self, feed: Feed, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int) -> Generator[int]:
         """An answer's tokens, chosen among those that the schema allows, and the token that ends it.
 
         It is never cut short: after max_new_tokens it takes the shortest way to its end. Raises InputError if there is none.
         """
         matcher, ids, most = self._matcher(), list(prompt), len(prompt) + max_new_tokens
         endings = [found[0] for text in _ENDINGS if len(found := self._tokenizer.encode(text)) == 1]
-        while len(ids) < most + _MOST_CLOSING:
-            logits = feed.after(ids)
-            allowed = self._allowed(matcher, len(logits))
-            token = sampler.choose(np.where(allowed, logits, -np.inf), ids)
-            if len(ids) >= most:
-                token = next((one for one in (*self._tokenizer.stop_ids, *endings) if allowed[one]), token)
-            ids.append(token)
-            yield token
-            if token in self._tokenizer.stop_ids:
-                return
-            matcher.consume_token(token)
+        try:
+            while len(ids) < most + _MOST_CLOSING:
+                logits = feed.after(ids)
+                allowed = self._allowed(matcher, len(logits))
+                token = sampler.choose(np.where(allowed, logits, -np.inf), ids)
+                if len(ids) >= most:
+                    token = next((one for one in (*self._tokenizer.stop_ids, *endings) if allowed[one]), token)
+                ids.append(token)
+                if not (ends := token in self._tokenizer.stop_ids):
+                    feed.expect(ids)
+                yield token
+                if ends:
+                    return
+                matcher.consume_token(token)
+        finally:
+            feed.expect_nothing()
         raise InputError(
             f"the answer does not end within {len(ids) - len(prompt)} tokens",
             where=_WHERE,

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
-import numpy as np
-
-from qft.bundle.cache import Cache
+from qft.bundle.feed import Feed
 from qft.bundle.sampling import Sampler
-from qft.bundle.session import OnnxRunner
 from qft.data.tokenizer import TextTokenizer
 
 _BROKEN = "\ufffd"  # what bytes decode to that are not yet a whole character
-# Tokens: logits come for each of them, 1 MB for a vocabulary of 262,144. Gemma 270M's process held 1.4 GB reading 1,500
-# tokens so, and 2.9 GB by 512, which one run on a busy machine did not show to be faster.
-READ_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -30,59 +25,21 @@ class Answer:
         return self.text
 
 
-class Feed:
-    """Logits after a growing row of tokens; what was read once is not read again."""
-
-    def __init__(self, runner: OnnxRunner) -> None:
-        self._runner = runner
-        self._read: list[int] = []
-        self._cache: Cache | None = None
-
-    def known(self, ids: Sequence[int]) -> int:
-        """How many of `ids` need not be read again: those they begin with as what was read did, and never the last."""
-        most = max(0, min(len(self._read), len(ids) - 1))
-        read, asked = self._read[:most], list(ids[:most])
-        if read == asked:  # as at every token that is written: lists are compared faster than their numbers one by one
-            return most
-        return next(place for place in range(most) if read[place] != asked[place])
-
-    def after(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 (vocabulary,)."""
-        *_, last = self.read(ids)
-        return last
-
-    def read(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Read part by part what is not known; float32 (vocabulary,) after each part."""
-        place = self.known(ids)
-        if place == 0:
-            self.forget()
-        elif self._cache is not None and place < self._cache.length:
-            self._read, self._cache = self._read[:place], self._cache.cut(place)
-        while place < len(ids):
-            part = list(ids[place : place + READ_AT_ONCE])
-            if self._cache is None:
-                logits, cache = self._runner.prefill([part])
-            else:
-                logits, cache = self._runner.extend([part], self._cache)
-            place += len(part)
-            self._read, self._cache = list(ids[:place]), cache  # at once: an interrupt comes before both or after
-            yield logits[0, -1]
-
-    def forget(self) -> None:
-        """Let go of what was read."""
-        self._read, self._cache = [], None
-
-
 def tokens(
     feed: Feed, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> Iterator[int]:
+) -> Generator[int]:
     """At most max_new_tokens tokens; the last one is a stop token if one came."""
     ids = list(prompt)
-    for _ in range(max_new_tokens):
-        ids.append(sampler.choose(feed.after(ids), ids))
-        yield ids[-1]
-        if ids[-1] in stop_ids:
-            return
+    try:
+        for left in reversed(range(max_new_tokens)):
+            ids.append(sampler.choose(feed.after(ids), ids))
+            if left and ids[-1] not in stop_ids:
+                feed.expect(ids)
+            yield ids[-1]
+            if ids[-1] in stop_ids:
+                return
+    finally:
+        feed.expect_nothing()
 
 
 class Writing:
@@ -91,7 +48,7 @@ class Writing:
     text: what was given out so far. count: tokens. ended: by the model itself, or at one of the texts `stop`, which is left out.
     """
 
-    def __init__(self, ids: Iterator[int], tokenizer: TextTokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, ids: Generator[int], tokenizer: TextTokenizer, stop: Sequence[str] = ()) -> None:
         self.text, self.count, self.ended = "", 0, False
         self._ids, self._tokenizer, self._stop = ids, tokenizer, [text for text in stop if text]
         self._written: list[int] = []
@@ -99,15 +56,16 @@ class Writing:
         self._held = ""
 
     def __iter__(self) -> Iterator[str]:
-        for token in self._ids:
-            self.count += 1
-            if token in self._tokenizer.stop_ids:
-                self.ended = True
-                break
-            self._written.append(token)
-            yield self._given_out(self._decoded())
-            if self.ended:
-                return
+        with closing(self._ids) as ids:
+            for token in ids:
+                self.count += 1
+                if token in self._tokenizer.stop_ids:
+                    self.ended = True
+                    break
+                self._written.append(token)
+                yield self._given_out(self._decoded())
+                if self.ended:
+                    return
         rest = self._tokenizer.decode(self._written[self._begin :])[len(self._before()) :]
         yield self._given_out(rest, last=True)
 
@@ -132,6 +90,30 @@ class Writing:
             piece, self._held = text[:sure], text[sure:]
         self.text += piece
         return piece
+
+
+def side_by_side(feeds: Sequence[Feed], count: int, begin: Callable[[Feed, int], Writing]) -> Iterator[Answer]:
+    """`count` answers, in their order. As many are in work as there are feeds, and take turns token by token.
+
+    begin: an answer's writing, of its number; a feed is the one that was idle the shortest: what it has read is likely to fit.
+    """
+    idle, started, given = list(feeds), 0, 0
+    working: dict[int, tuple[Feed, Writing, Iterator[str]]] = {}
+    done: dict[int, Answer] = {}
+    while given < count:
+        while idle and started < count:
+            feed = idle.pop()
+            writing = begin(feed, started)
+            working[started] = feed, writing, iter(writing)
+            started += 1
+        for number, (feed, writing, pieces) in list(working.items()):
+            if next(pieces, None) is None:
+                del working[number]
+                idle.append(feed)
+                done[number] = Answer(writing.text, writing.ended, writing.count)
+        while given in done:
+            yield done.pop(given)
+            given += 1
 
 
 def begun(text: str, stop: str) -> int:

@@ -14,7 +14,8 @@ from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
 from qft.bundle.embedder import Embedding, OnnxEmbedder, embeddings
-from qft.bundle.generate import Answer, Feed, Writing, tokens
+from qft.bundle.feed import Batch, Feed
+from qft.bundle.generate import Answer, Writing, side_by_side, tokens
 from qft.bundle.hashes import NAME, changed_files, file_hashes
 from qft.bundle.lines import conversation_of
 from qft.bundle.reader import Found, OnnxReader, Reading, find
@@ -33,6 +34,7 @@ from qft.errors import InputError, Problem
 from qft.files import inside, write_json, write_text
 
 _CARD = "README.md"
+_AT_ONCE = 4  # answers in work: each holds keys and values of all it has read
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
@@ -248,13 +250,17 @@ class Bundle:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
     ) -> Iterator[Answer]:
-        """Answers, one a text, as they are done; greedy unless `sampling` says otherwise; by a schema, JSON that is valid and whole."""
-        feed, sampler = Feed(runner), Sampler(sampling)
-        for text in texts:
-            prompt = self.prompt_ids(text)
-            writing = self.writing(feed, prompt, sampler, max_new_tokens=max_new_tokens, schema=schema, stop=stop)
-            said = "".join(writing)
-            yield Answer(said, writing.ended, writing.count)
+        """Answers, one a text, in their order; greedy unless `sampling` says otherwise; by a schema, JSON that is valid and whole.
+
+        Some are written at the same time. Each is drawn by a chance of its own: seed plus its text's number.
+        """
+
+        def begin(feed: Feed, number: int) -> Writing:
+            prompt, sampler = self.prompt_ids(texts[number]), Sampler(sampling.of_answer(number))
+            return self.writing(feed, prompt, sampler, max_new_tokens=max_new_tokens, schema=schema, stop=stop)
+
+        batch = Batch(runner)
+        return side_by_side([Feed(runner, batch) for _ in range(_AT_ONCE)], len(texts), begin)
 
     def writing(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -39,6 +39,10 @@ class Sampling:
                 raise InputError(
                     f"{getattr(self, name):g} is out of range", where=name, hint=f"from {least:g} to {most:g}"
                 )
+
+    def of_answer(self, number: int) -> Sampling:
+        """For one of several answers: drawn by itself, whatever the others are."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
 
     @classmethod
     def asked(cls, **values: float | None) -> Sampling:

@@ -177,11 +177,15 @@ class OnnxRunner:
     def extend(self, rows: Sequence[Sequence[int]], cache: Cache, *, keep: int = 1) -> tuple[np.ndarray, Cache]:
         """Feed equally many more tokens a row; logits as of `prefill`, and the grown cache."""
         if self._fused and len(rows) > 1 and len(rows[0]) > 1:  # the fused attention reads on for one row at a time
-            read = [self.extend([row], cache.row(number), keep=keep) for number, row in enumerate(rows)]
+            read = [self.extend([row], own, keep=keep) for row, own in zip(rows, self.rows(cache), strict=True)]
             return np.concatenate([logits for logits, _ in read]), Cache.joined([grown for _, grown in read])
         ids = np.array(rows, dtype=np.int64)
         mask = np.concatenate([cache.mask, np.ones_like(ids)], axis=1)
         return self._run(ids, mask, cache.positions[:, None] + np.arange(ids.shape[1]), cache.past, keep)
+
+    def rows(self, cache: Cache) -> list[Cache]:
+        """Each row's own, to be read on by itself."""
+        return cache.rows(at_front=self._fused)
 
     def _run(
         self, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Past, keep: int

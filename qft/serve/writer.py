@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qft.bundle.constrained import Schema
-from qft.bundle.generate import READ_AT_ONCE, Feed, Writing, begun
+from qft.bundle.feed import READ_AT_ONCE, Batch, Feed
+from qft.bundle.generate import Writing, begun
 from qft.bundle.manifest import Bundle
 from qft.bundle.sampling import Sampler
 from qft.bundle.session import OnnxRunner
@@ -53,7 +54,8 @@ class Writer:
     def __init__(self, bundle: Bundle, runner: OnnxRunner, *, at_once: int, most_tokens: int, metrics: Metrics) -> None:
         self._bundle, self._tokenizer, self._metrics = bundle, bundle.tokenizer, metrics
         self._most = most_tokens
-        self._idle = [Feed(runner) for _ in range(at_once)]
+        batch = Batch(runner)
+        self._idle = [Feed(runner, batch) for _ in range(at_once)]
 
     def chat(self, asked: ChatAsked) -> Iterator[Event]:
         """The next turn of a conversation. Raises ApiError or InputError, before anything else, if it cannot be given."""

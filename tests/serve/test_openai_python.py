@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pytest
 
-from qft.bundle.generate import READ_AT_ONCE
+from qft.bundle.feed import READ_AT_ONCE
 from qft.bundle.manifest import Bundle
 from tests.serve.conftest import Served
 
