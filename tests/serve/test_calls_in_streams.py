@@ -40,5 +40,7 @@ def test_calls_are_told_from_text(said: str, text: str, names: list[str], tiny_m
 
 def test_text_is_not_held_back_where_no_call_begins(tiny_model: Path) -> None:
     tokenizer = TextTokenizer.load(tiny_model)
-    events = list(answer_events(Writing((token for token in tokenizer.encode("a fine film at home")), tokenizer), calls=True))
+    events = list(
+        answer_events(Writing((token for token in tokenizer.encode("a fine film at home")), tokenizer), calls=True)
+    )
     assert sum(isinstance(event, Piece) and bool(event.text) for event in events) > 3
