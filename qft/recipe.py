@@ -6,7 +6,7 @@ Those that change training rows lie in `qft.recipe_augment`, those of one task i
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from qft.recipe_tasks import (
     TranslationKeys,
 )
 from qft.recipe_training import TrainingKeys
+from qft.targets import DEFAULT_TARGET, Target, find_target
 
 
 class DataKeys(Section):
@@ -219,13 +220,24 @@ class BudgetKeys(Section):
 class ExportKeys(Section):
     """What is shipped."""
 
-    targets: list[str] = Field(["cpu-int4"], min_length=1, description="deployment profiles, see export/targets/")
+    targets: list[str] = Field(
+        [DEFAULT_TARGET], min_length=1, description="deployment profiles: those in export/targets/, or of `profiles`"
+    )
+    profiles: dict[str, dict[str, Any]] = Field(
+        {},
+        description="targets of your own: name → `like`, a shipped target (cpu-int4), and what differs from it, as "
+        "`{accuracy_level: 0}`; `qft probe` measures some on this machine",
+    )
     exporter: Literal["optimum", "genai"] = Field(
         "optimum",
         description="what makes the float graph that all targets are made of; genai: onnxruntime-genai's model builder, which writes "
         "decoders by hand, for text-generation, and needs its package",
     )
     budget: BudgetKeys = Field(BudgetKeys(), description="the quality a target may lose")  # type: ignore[call-arg]
+
+    def chosen(self) -> list[Target]:
+        """The targets' profiles. Raises InputError as `find_target` does."""
+        return [find_target(name, self.profiles) for name in self.targets]
 
 
 class VerifyKeys(Section):

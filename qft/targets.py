@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal, get_args
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -14,6 +16,7 @@ from qft.recipe_yaml import read_yaml
 
 Fusion = Literal["attention", "filling", "first_token", "norms", "biases", "products"]
 FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
+DEFAULT_TARGET = "cpu-int4"
 
 
 class Weights(BaseModel):
@@ -84,19 +87,35 @@ class Target(BaseModel):
         return {graph: f"onnx/{graph}{ending}.onnx" for graph in graphs}
 
 
-def find_target(name: str) -> Target:
-    """A shipped profile by its name. Raises InputError naming those there are."""
+def find_target(name: str, own: Mapping[str, Mapping[str, Any]] | None = None) -> Target:
+    """A profile by its name: one of a recipe's `own` (name → `like`, a shipped one, and what it says otherwise), or a shipped one.
+
+    Raises InputError naming those there are, or what is wrong with a profile.
+    """
+    if name not in (own or {}):
+        return _checked(name, _shipped_values(name, [*(own or {})]), str(_path(name)))
+    where = f"export.profiles.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name == "float" or _path(name).exists():
+        raise InputError("this name is taken, or none for a folder", where=where, hint="write letters, digits and -")
+    changed = dict((own or {})[name])
+    like = changed.pop("like", DEFAULT_TARGET)
+    return _checked(name, {**_shipped_values(like, []), **changed}, where)
+
+
+def _path(name: str) -> Path:
+    return shipped("export/targets") / f"{name}.yaml"
+
+
+def _shipped_values(name: Any, others: list[str]) -> dict[str, Any]:
+    names = sorted(path.stem for path in shipped("export/targets").glob("*.yaml"))
+    if name not in names:
+        hint = f"there are {', '.join([*names, *others])}"
+        raise InputError(f"there is no target {name!r}", where="export.targets", hint=hint)
+    return dict(read_yaml(_path(name).read_text("utf-8")).value or {})
+
+
+def _checked(name: str, values: dict[str, Any], where: str) -> Target:
     try:
-        path = shipped(f"export/targets/{name}.yaml")
-    except InputError:
-        names = sorted(p.stem for p in shipped("export/targets").glob("*.yaml"))
-        raise InputError(
-            f"there is no target {name!r}", where="export.targets", hint=f"there are {', '.join(names)}"
-        ) from None
-    document = read_yaml(path.read_text("utf-8"))
-    try:
-        return Target.model_validate({"name": name, **(document.value or {})})
+        return Target.model_validate({**values, "name": name})
     except ValidationError as error:
-        raise InputError(
-            [Problem(e["msg"], f"{path}: {'.'.join(map(str, e['loc']))}") for e in error.errors()]
-        ) from None
+        raise InputError([Problem(e["msg"], ".".join(map(str, (where, *e["loc"])))) for e in error.errors()]) from None

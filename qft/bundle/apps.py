@@ -13,7 +13,6 @@ from qft.bundle.manifest import Bundle, update
 from qft.errors import InputError, StageError
 from qft.files import folder_aside, inside
 from qft.paths import shipped
-from qft.targets import find_target
 
 _ONE_GRAPH = ("text-generation", "text-classification")
 _ALL = (*_ONE_GRAPH, "question-answering", "automatic-speech-recognition", "translation", "sentence-similarity")
@@ -60,7 +59,7 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
             where="--app",
             hint=f"these do: {able}",
         )
-    if not app.half and task == "text-generation" and _is_half(bundle):
+    if not app.half and task == "text-generation" and bundle.manifest.get("half"):
         raise InputError(
             f"the {name} app does not run float16 graphs that write",
             where="--app",
@@ -80,8 +79,3 @@ def write_app(name: str, bundle: Bundle, out: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(inside(bundle.folder, file), target)
         update(aside / "bundle", feeding=asdict(Feeding.of(bundle)))  # for bundles that were made before it was written
-
-
-def _is_half(bundle: Bundle) -> bool:
-    target = bundle.manifest["target"]
-    return target != "float" and find_target(target).half

@@ -37,6 +37,7 @@ COMMANDS = {
         "shelf",
         "Compare known bases: licence, size, languages, tasks, and what a run takes here: memory, a guess at minutes.",
     ),
+    "probe": ("probe", "Try what multiplies fastest on this processor: blocks and accuracy levels for a target."),
     "doctor": ("doctor", "Show the machine and try what a run needs: ready, or what to type."),
     "schema": ("start", "List every recipe key; --json-schema for editors."),
 }
@@ -98,7 +99,7 @@ def main() -> None:
         hint = f"\n  see `{error.ctx.command_path} --help`" if isinstance(error, click.UsageError) and error.ctx else ""
         _end([error.format_message() + hint], 2, error, debug=debug, as_json=as_json)
     except (KeyboardInterrupt, click.Abort) as error:
-        _end(["stopped; the same command goes on from there"], 130, error, debug=debug, as_json=as_json)
+        _end([_stop_message()], 130, error, debug=debug, as_json=as_json)
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to tell
         sys.stderr.close()
         sys.exit(1)
@@ -149,9 +150,16 @@ def forget_interrupt() -> None:
     _stopped.clear()
 
 
+def _stop_message() -> str:
+    """Stages go on; what else there is begins anew."""
+    typed = next((word for word in sys.argv[1:] if word in COMMANDS), "")
+    goes_on = typed and COMMANDS[typed][0] == "stages"
+    return "stopped; the same command goes on from there" if goes_on else "stopped"
+
+
 def _end(messages: list[str], exit_code: int, error: BaseException, *, debug: bool, as_json: bool) -> None:
     if _stopped and exit_code != 130:
-        messages, exit_code = ["stopped; the same command goes on from there"], 130
+        messages, exit_code = [_stop_message()], 130
     if debug:
         import traceback
 

@@ -93,7 +93,6 @@ def _planned(job: Job, screen: Screen, *, tries: bool) -> _Plan:
     from qft.graph.providers import lacking
     from qft.known_bases import run_bytes
     from qft.stages import prepare, tune
-    from qft.targets import find_target
 
     pipeline.run(job, ["prepare"], on_stage=screen.on_stage)
     facts, marks = job.facts(prepare.Facts), pipeline.fingerprints(job)
@@ -103,7 +102,7 @@ def _planned(job: Job, screen: Screen, *, tries: bool) -> _Plan:
         tune.choices(job),
         run_bytes(ModelSize.of(facts.base_folder).weights),
         tune.trial(job) if tries else None,
-        lacking([find_target(name) for name in job.recipe.export.targets]),
+        lacking(job.recipe.export.chosen()),
         [stage for stage in pipeline.STAGES if not pipeline.is_done(job, stage, marks[stage])],
         [(row.where, job.task.marked(row, tokenizer)) for row in job.rows("train")[:_SHOWN_ROWS]],
     )

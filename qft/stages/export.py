@@ -20,7 +20,7 @@ from qft.recipe import Recipe
 from qft.stages import prepare, tune
 from qft.stages.job import Job, task_keys
 from qft.stages.prepare import shape_of
-from qft.targets import Target, find_target
+from qft.targets import Target
 from qft.tasks.registry import find_task
 
 NEEDS = ("prepare", "merge")
@@ -43,17 +43,13 @@ class Facts:
 
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result."""
-    targets = _targets(recipe)
+    targets = recipe.export.chosen()
     return {
         "exporter": recipe.export.exporter,
         "evaluation": recipe.evaluation.model_dump(),
         "opset": lowest_opset(targets),
         "providers": {target.name: target.provider for target in targets if target.provider != "cpu"},
     }
-
-
-def _targets(recipe: Recipe) -> list[Target]:
-    return [find_target(name) for name in recipe.export.targets]
 
 
 def lowest_opset(targets: list[Target]) -> int:
@@ -85,11 +81,11 @@ def run(job: Job) -> Facts:
             aside / "onnx",
             graphs=job.task.graphs,
             export_task=job.task.export_task,
-            opset=lowest_opset(_targets(job.recipe)),
+            opset=lowest_opset(job.recipe.export.chosen()),
             on_progress=job.on_progress,
         )
         describe(job, aside, target=TARGET, models=float_files(job.recipe))
-        found = lacking(_targets(job.recipe), Bundle.load(aside).models.values())
+        found = lacking(job.recipe.export.chosen(), Bundle.load(aside).models.values())
         quality = measure_bundle(job, "export", aside)
     return Facts(quality, size_bytes(job.run.bundle(TARGET)), found)
 

@@ -15,7 +15,7 @@ from qft.files import folder_aside
 from qft.measure.quality import Quality
 from qft.recipe import Recipe
 from qft.stages.job import Job
-from qft.targets import Target, find_target
+from qft.targets import Target
 
 NEEDS = ("prepare", "merge")
 
@@ -63,9 +63,8 @@ def outputs(job: Job) -> list[Path]:
 
 def grid_targets(recipe: Recipe) -> list[Target]:
     """The targets whose grid is coarse enough to be trained on."""
-    targets = [find_target(name) for name in recipe.export.targets]
     return (
-        [t for t in targets if t.linear is not None and t.linear.bits == 4]
+        [t for t in recipe.export.chosen() if t.linear is not None and t.linear.bits == 4]
         if recipe.quantization.grid != "none"
         else []
     )

@@ -68,6 +68,7 @@ def check_keys(recipe: Recipe) -> None:
     sound_changes(recipe)
     check_trackers(recipe.training.trackers)
     check_exporter(recipe.export.exporter, recipe.task)
+    recipe.export.chosen()
     if recipe.data.new_tokens and recipe.tuning.method == "head":
         raise InputError("a head that learns alone learns no token", where="data.new_tokens", hint="write lora or full")
     if is_new(recipe.model):

@@ -19,7 +19,7 @@ from qft.progress import Progress
 from qft.recipe import Recipe
 from qft.stages import baseline, export, fold, merge, tune
 from qft.stages.job import Job
-from qft.targets import Target, find_target
+from qft.targets import Target
 from qft.tasks.registry import find_task
 
 NEEDS = ("export", "fold")
@@ -54,7 +54,7 @@ class Facts:
 def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
     """What decides the result: the profiles' content, not only their names."""
     return {
-        "targets": [find_target(name).model_dump() for name in recipe.export.targets],
+        "targets": [target.model_dump() for target in recipe.export.chosen()],
         "evaluation": recipe.evaluation.model_dump(),
         "accepted_accuracy": recipe.classification.accepted_accuracy,
     }
@@ -63,7 +63,7 @@ def settings(recipe: Recipe, relative_to: Path) -> dict[str, Any]:
 def outputs(job: Job) -> list[Path]:
     """What must be there for the stage to count as done."""
     graphs = find_task(job.recipe.task).graphs
-    targets = [find_target(name) for name in job.recipe.export.targets]
+    targets = job.recipe.export.chosen()
     found = [job.run.bundle(target.name) / "qft.json" for target in targets]
     for target in targets:
         files = target.files(graphs).values()
@@ -73,7 +73,7 @@ def outputs(job: Job) -> list[Path]:
 
 def run(job: Job) -> Facts:
     """Make every target's bundle."""
-    return Facts({name: ship(job, find_target(name)) for name in job.recipe.export.targets})
+    return Facts({target.name: ship(job, target) for target in job.recipe.export.chosen()})
 
 
 def ship(job: Job, target: Target) -> TargetFacts:
@@ -114,6 +114,7 @@ def ship(job: Job, target: Target) -> TargetFacts:
             quantization=[asdict(tensor) for tensor in tensors],
             before=_before(job, target),
             provider_options={target.provider: target.provider_options},
+            half=target.half,
         )
         large = _large_activations(job) if target.half else {}
         if target.half:

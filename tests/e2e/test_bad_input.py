@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import RECIPE
@@ -209,6 +210,19 @@ def test_ctrl_c_in_any_other_stage_leaves_nothing_half_done(recipe_folder: Path,
         assert [*run.rglob("*.part")] == []
     done = typed(recipe_folder, "qft run recipe.yaml --json")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_command_that_does_not_go_on_says_only_that_it_stopped(tmp_path: Path) -> None:
+    process = start(tmp_path, "probe", "--megabytes", "500")
+    ends = time.monotonic() + 60
+    while psutil.Process(process.pid).cpu_times().user < 3:  # it is long past its start, and far from its end
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "error: stopped"
 
 
 def test_the_record_of_another_version_is_one_message(recipe_folder: Path, typed: Type) -> None:

@@ -413,11 +413,13 @@ def test_bench_again_with_other_threads_changes_only_the_bench(finished: Path, t
     assert after["tune"] == before["tune"]
 
 
-def test_threads_are_tried_shown_and_the_fastest_taken(finished: Path, typed: Type) -> None:
-    before = json.loads((finished / RUN / "run.json").read_text())["stages"]["bench"]
+def test_threads_are_tried_shown_and_the_fastest_taken(finished: Path, typed: Type, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(finished, here)  # what is typed stays with a run, and other tests go on with theirs
+    before = json.loads((here / RUN / "run.json").read_text())["stages"]["bench"]
     assert before["facts"]["threads_tried"] == {}
-    shown = typed(finished, "qft bench bench.threads=auto")
-    facts = json.loads((finished / RUN / "run.json").read_text())["stages"]["bench"]["facts"]
+    shown = typed(here, "qft bench bench.threads=auto")
+    facts = json.loads((here / RUN / "run.json").read_text())["stages"]["bench"]["facts"]
     for name, tried in facts["threads_tried"].items():
         assert [int(threads) for threads in tried] == candidates()
         assert tried[str(facts["targets"][name]["threads"])] == max(tried.values()) > 0
