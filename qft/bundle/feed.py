@@ -12,14 +12,15 @@ from qft.bundle.session import OnnxRunner
 # Tokens: logits come for each of them, 1 MB for a vocabulary of 262,144. Gemma 270M's process held 1.4 GB reading 1,500
 # tokens so, and 2.9 GB by 512, which one run on a busy machine did not show to be faster.
 READ_AT_ONCE = 128
+AT_ONCE = 4  # answers in work: each holds keys and values of all it has read
 
 
 class Feed:
     """Logits after a growing row of tokens; what was read once is not read again."""
 
     def __init__(self, runner: OnnxRunner, batch: Batch | None = None) -> None:
-        """batch: of the feeds that take turns with this one, on the same runner."""
-        self._runner, self._batch = runner, batch
+        """batch: of the feeds that take turns with this one, on the same runner; None: there are no others."""
+        self._runner, self._batch = runner, batch or Batch(runner)
         self._read: list[int] = []
         self._cache: Cache | None = None  # None as well while it is a row of the batch's
         self._said: np.ndarray | None = None  # after all that was read, if it was read in a batch
@@ -34,18 +35,16 @@ class Feed:
 
     def expect(self, ids: Sequence[int]) -> None:
         """Say that logits after `ids` will be asked for; if they are what was read and one more token, a batch may read it."""
-        if self._batch is not None and self._read and len(ids) == len(self._read) + 1 and self._read == list(ids[:-1]):
+        if self._read and len(ids) == len(self._read) + 1 and self._read == list(ids[:-1]):
             self._batch.expect(self, ids[-1])
 
     def expect_nothing(self) -> None:
         """Nobody will ask."""
-        if self._batch is not None:
-            self._batch.drop(self)
+        self._batch.drop(self)
 
     def after(self, ids: Sequence[int]) -> np.ndarray:
         """float32 (vocabulary,)."""
-        if self._batch is not None:
-            self._batch.read_for(self)
+        self._batch.read_for(self)
         if self._said is not None and self._read == list(ids):
             return self._said
         *_, last = self.read(ids)
@@ -53,8 +52,7 @@ class Feed:
 
     def read(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Read part by part what is not known; float32 (vocabulary,) after each part."""
-        if self._batch is not None:
-            self._batch.let_go(self)
+        self._batch.let_go(self)
         place, self._said = self.known(ids), None
         if place == 0:
             self.forget()
@@ -72,8 +70,7 @@ class Feed:
 
     def forget(self) -> None:
         """Let go of what was read."""
-        if self._batch is not None:
-            self._batch.let_go(self)
+        self._batch.let_go(self)
         self._read, self._cache, self._said = [], None, None
 
     def lend(self) -> Cache:

@@ -14,7 +14,7 @@ from qft.bundle.classifier import Decision, OnnxClassifier
 from qft.bundle.classifier import Labels as LabelNames
 from qft.bundle.constrained import Choice, Labels, Schema
 from qft.bundle.embedder import Embedding, OnnxEmbedder, embeddings
-from qft.bundle.feed import Batch, Feed
+from qft.bundle.feed import AT_ONCE, Batch, Feed
 from qft.bundle.generate import Answer, Writing, side_by_side, tokens
 from qft.bundle.hashes import NAME, changed_files, file_hashes
 from qft.bundle.lines import conversation_of
@@ -34,7 +34,6 @@ from qft.errors import InputError, Problem
 from qft.files import inside, write_json, write_text
 
 _CARD = "README.md"
-_AT_ONCE = 4  # answers in work: each holds keys and values of all it has read
 _RUNNERS: dict[str, type[Any]] = {  # others write: OnnxRunner
     "text-classification": OnnxClassifier,
     "question-answering": OnnxReader,
@@ -260,7 +259,7 @@ class Bundle:
             return self.writing(feed, prompt, sampler, max_new_tokens=max_new_tokens, schema=schema, stop=stop)
 
         batch = Batch(runner)
-        return side_by_side([Feed(runner, batch) for _ in range(_AT_ONCE)], len(texts), begin)
+        return side_by_side([Feed(runner, batch) for _ in range(AT_ONCE)], len(texts), begin)
 
     def writing(
         self,

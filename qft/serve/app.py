@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
+from qft.bundle.feed import AT_ONCE
 from qft.bundle.manifest import Bundle
 from qft.bundle.predict import predictions
 from qft.errors import InputError, QftError
@@ -27,7 +28,6 @@ from qft.serve.turns import Full, Stopped, Turns
 from qft.serve.vectors import EmbeddingsAsked, body, embedded
 from qft.serve.writer import Begun, Done, Piece, Writer
 
-AT_ONCE = 4  # answers in work: each holds keys and values of all it has read
 _ENDPOINTS = {
     "text-generation": ["/v1/chat/completions", "/v1/completions"],
     "text-classification": ["/classify"],

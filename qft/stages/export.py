@@ -73,7 +73,7 @@ def run(job: Job) -> Facts:
     from qft.graph.exporters import find_exporter
     from qft.graph.providers import lacking
 
-    export = find_exporter(job.recipe.export.exporter, job.recipe.task)
+    export, targets = find_exporter(job.recipe.export.exporter, job.recipe.task), job.recipe.export.chosen()
     with folder_aside(job.run.bundle(TARGET)) as aside:
         (aside / "onnx").mkdir()
         export(
@@ -81,11 +81,11 @@ def run(job: Job) -> Facts:
             aside / "onnx",
             graphs=job.task.graphs,
             export_task=job.task.export_task,
-            opset=lowest_opset(job.recipe.export.chosen()),
+            opset=lowest_opset(targets),
             on_progress=job.on_progress,
         )
         describe(job, aside, target=TARGET, models=float_files(job.recipe))
-        found = lacking(job.recipe.export.chosen(), Bundle.load(aside).models.values())
+        found = lacking(targets, Bundle.load(aside).models.values())
         quality = measure_bundle(job, "export", aside)
     return Facts(quality, size_bytes(job.run.bundle(TARGET)), found)
 
